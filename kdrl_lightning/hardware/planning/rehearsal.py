@@ -1,4 +1,4 @@
-"""Rehearses a run on fake tensors: builds its models and runs its steps, for one rank.
+"""Runs the steps of a run on fake tensors, for one rank, and returns what each phase costs.
 
 It runs the code of training: ``KDRLModule.training_step``, scorers, objectives, FSDP2 and the
 optimizer. Tensors are on the CPU, where torch's attention keeps the same tensors as a GPU's flash
@@ -7,13 +7,11 @@ kernel. Models and caches of transformers are typed ``Any``.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,31 +24,20 @@ from kdrl_lightning.hardware.planning.batches import (
     zeros_of_ids,
 )
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import Cost, Meter, Typical, without_numbers
+from kdrl_lightning.hardware.planning.meter import Cost, Meter, Typical
 from kdrl_lightning.hardware.planning.models import (
     chunk_of,
-    frozen_scorer,
     largest_layer,
-    process_group,
-    reference_of,
-    second_student,
-    student_of,
-    work_on_lists,
 )
 from kdrl_lightning.hardware.planning.teachers.own_prompts import (
     OwnPrompts,
-    own_prompts_of,
-    tokens_per_token,
 )
-from kdrl_lightning.hardware.planning.teachers.stand_ins import Stand, follows_student
+from kdrl_lightning.hardware.planning.teachers.stand_ins import follows_student
 from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding, local
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.local import LocalTeacher
-from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
 
@@ -116,11 +103,12 @@ class Rehearsal:
         units = [m for m in self.student.modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
-        self._small_backward()
+        self.small_backward()
         for unit in units:
             unit.set_requires_gradient_sync(True, recurse=False)
 
-    def _small_backward(self) -> None:
+    def small_backward(self) -> None:
+        """Add the gradients of a few tokens."""
         small = self.filled(self._made(*WARM_UP))
         with self.computing():
             out = self.module.training_step(small, 0)
@@ -132,10 +120,11 @@ class Rehearsal:
         return self._update(batch).flops
 
     def _make_gradients(self) -> None:
-        for parameter in self._trained():
+        for parameter in self.trained():
             parameter.grad = torch.zeros_like(parameter)
 
-    def _trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[nn.Parameter]:
+        """Return the student's trained weights."""
         return [p for p in self.student.parameters() if p.requires_grad]
 
     def score(self, tokens: int) -> dict[str, Cost]:
@@ -237,7 +226,7 @@ class Rehearsal:
 
     def step(self) -> Cost:
         """Check, clip and apply gradients."""
-        parameters = self._trained()
+        parameters = self.trained()
         self._make_gradients()
         before = self.meter.restart()
         self.module.nonfinite.check(parameters, 0.0, 0)
@@ -328,75 +317,3 @@ class Rehearsal:
     def filled(self, batch: RolloutBatch) -> RolloutBatch:
         """Return a batch with all fields that an update reads."""
         return with_scores(self.taught(batch), self.module, self.job.rollout.max_tokens)
-
-
-@contextmanager
-def rehearse(module: KDRLModule, job: Job) -> Iterator[Rehearsal]:
-    """Build a run on fake tensors, and take a first small step.
-
-    Args:
-        module: a module that is not set up; do not use it afterwards.
-        job: the other settings.
-
-    Raises:
-        ConfigurationError: a model's configuration is missing, or a process group exists already.
-    """
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        precision=job.precision,  # type: ignore[arg-type] # a text from the configuration
-        accumulate_grad_batches=job.accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module.trainer = trainer
-    shards = process_group(job.ranks) if job.strategy == "fsdp2" else nullcontext()
-    with shards as mesh, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mixed = torch.bfloat16 if job.mixed else None
-        sharding = None if mesh is None else Sharding(mesh, mixed)
-        with without_numbers() as meter:
-            yield _built(module, job, meter, sharding)
-
-
-def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None) -> Rehearsal:
-    held: dict[str, int] = {}
-    module.student = student = student_of(module, job, sharding)
-    held["student"] = meter.bytes
-    share, _ = tokens_per_token(module, job)
-    own = own_prompts_of(module, job, share)
-    away: list[int] = []
-
-    def frozen(teacher: LocalTeacher) -> Scorer:
-        before = meter.bytes
-        scorer = frozen_scorer(teacher, job, sharding)
-        if teacher.offload and job.on_gpu:  # else it waits where everything else is
-            away.append(meter.bytes - before)
-        return scorer
-
-    stand = Stand(student, frozen, lambda: second_student(module, job, sharding), share)
-    module.frozen.choose(True, reference_of(module, job))
-    for name, teacher in (("teacher", module.teacher), ("reference", module.frozen.reference)):
-        before, waiting = meter.bytes, sum(away)
-        made = None if teacher is None else stand.of(teacher)
-        if made is not None:
-            held[name] = meter.bytes - before - (sum(away) - waiting)
-        setattr(module.frozen, "active" if name == "teacher" else name, made)
-    optimizer, _ = build_optimizer(
-        list(module.student.parameters()), module.optimizer_callable, None
-    )
-    if job.on_gpu:
-        work_on_lists(optimizer)
-    run = Rehearsal(job, module, meter, optimizer, held, sum(away), stand.models, own)
-    held["gradients"] = sum(local(p).numel() * p.element_size() for p in run._trained())
-    if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
-        held["ddp's buckets"] = held["gradients"]
-    # The first pass fills torch's caches, whose tensors are not part of the run's memory.
-    run._small_backward()
-    run.optimizer.zero_grad()
-    before = meter.bytes
-    run.step()
-    held["moments"] = meter.bytes - before
-    return run
