@@ -30,11 +30,11 @@ import numpy as np
 import torch
 
 from kdrl_lightning import GRPO, KDRLModule
-from kdrl_lightning.hardware.planning.building import rehearse
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import without_numbers
-from kdrl_lightning.hardware.planning.models import allot, weightless
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.building import rehearse
+from kdrl_lightning.hardware.planning.rehearsal.meter import without_numbers
+from kdrl_lightning.hardware.planning.rehearsal.models import allot, weightless
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 from kdrl_lightning.hardware.planning.shapes import config_of, shipped
 from kdrl_lightning.models.passes.shared_prompts import WidthClass
 from kdrl_lightning.models.scorer import Scorer

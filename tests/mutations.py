@@ -75,11 +75,11 @@ STEP_WEIGHTS = "rollout/updates/plan.py", "objectives/methods/test_srpo_publishe
 OWN_TOP_K = "teachers/own_top_k.py", "teachers/test_own_top_k.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
-METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
+METER = "hardware/planning/rehearsal/meter.py", "hardware/planning/test_meter.py"
 TRUNK = "models/architectures/trunk.py", "models/architectures/test_trunk.py"
 PLANNED = "hardware/planning/planner.py", "hardware/planning/test_plan.py"
 TAUGHT = "hardware/planning/test_planned_teachers.py"
-REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
+REHEARSED = "hardware/planning/rehearsal/steps.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
 STATS = "callbacks/reports/token_stats.py", "callbacks/test_imitation_stats.py"
@@ -3259,7 +3259,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plan: moments are forgotten",
-        REHEARSED,
+        ("hardware/planning/rehearsal/building.py", "hardware/planning/test_plan.py"),
         'held["moments"] = meter.bytes - before',
         'held["moments"] = 0',
     ),
@@ -3271,7 +3271,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plan: a teacher with the student's weights is as shallow as the student that is counted",
-        ("hardware/planning/rehearsal.py", TAUGHT),
+        ("hardware/planning/rehearsal/steps.py", TAUGHT),
         "            if not follows_student(model):\n",
         "            if True:\n",
     ),
@@ -3283,7 +3283,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plan: a pass of the teacher has as many rows as a micro-batch",
-        ("hardware/planning/rehearsal.py", TAUGHT),
+        ("hardware/planning/rehearsal/steps.py", TAUGHT),
         "        if self.job.rollout.max_tokens_per_micro_batch is not None:\n            rows = ",
         "        if False:\n            rows = ",
     ),
@@ -3307,7 +3307,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plan: a checkpoint without the weights that follow the student",
-        ("hardware/planning/rehearsal.py", TAUGHT),
+        ("hardware/planning/rehearsal/steps.py", TAUGHT),
         "tensors = [*trained, *kept, ",
         "tensors = [*trained, ",
     ),

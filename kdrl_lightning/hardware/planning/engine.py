@@ -11,9 +11,9 @@ from torch import Tensor
 from kdrl_lightning.engines.cache_budget import CPU_BYTES, SHARE, CacheBudget
 from kdrl_lightning.engines.grouped_query_attention import shared_heads_in_place
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import Cost
-from kdrl_lightning.hardware.planning.models import plain_model
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.meter import Cost
+from kdrl_lightning.hardware.planning.rehearsal.models import plain_model
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
 
 # `Any`: models and caches of transformers share no typed base.

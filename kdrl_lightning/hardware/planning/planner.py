@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from kdrl_lightning.hardware.planning.building import rehearse
 from kdrl_lightning.hardware.planning.cards import Card
 from kdrl_lightning.hardware.planning.engine import (
     awake,
@@ -17,9 +16,10 @@ from kdrl_lightning.hardware.planning.engine import (
     with_cache,
 )
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import Cost
-from kdrl_lightning.hardware.planning.models import depth_of
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.building import rehearse
+from kdrl_lightning.hardware.planning.rehearsal.meter import Cost
+from kdrl_lightning.hardware.planning.rehearsal.models import depth_of
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 from kdrl_lightning.hardware.planning.shapes import config_of
 from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token

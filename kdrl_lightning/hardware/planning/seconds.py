@@ -8,7 +8,7 @@ from kdrl_lightning.engines.cache_budget import GROWTH, SHARE
 from kdrl_lightning.hardware.planning.cards import Card
 from kdrl_lightning.hardware.planning.engine import awake, cache_values
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 
 # Assumptions: the parts of the data sheet's peak that training, scoring and decoding reach, and the
 # seconds to launch a layer's kernels, which bound a decoding step without CUDA graphs.

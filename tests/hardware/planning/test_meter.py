@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
+from kdrl_lightning.hardware.planning.rehearsal.meter import Meter, without_numbers
 
 N = 64
 

@@ -31,13 +31,13 @@ from kdrl_lightning import (
 )
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.hardware.planning.building import rehearse
 from kdrl_lightning.hardware.planning.cards import CARDS
 from kdrl_lightning.hardware.planning.engine import pushing
 from kdrl_lightning.hardware.planning.job import Job, Sampler, sampler_of
-from kdrl_lightning.hardware.planning.meter import Meter
 from kdrl_lightning.hardware.planning.planner import Phase, Plan, _notes, next_change, plan
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.building import rehearse
+from kdrl_lightning.hardware.planning.rehearsal.meter import Meter
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 from kdrl_lightning.hardware.planning.report import verdict
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.teachers import InitialWeights, MovingAverage, TrustRegion

@@ -32,12 +32,12 @@ from kdrl_lightning import (
     TeacherPrompt,
 )
 from kdrl_lightning.engines.vllm.room import needed_bytes
-from kdrl_lightning.hardware.planning.building import rehearse
 from kdrl_lightning.hardware.planning.engine import engine_bytes
 from kdrl_lightning.hardware.planning.job import Job, Sampler
-from kdrl_lightning.hardware.planning.meter import Cost
 from kdrl_lightning.hardware.planning.planner import Counted, _of_tokens, at_full_depth, plan
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.building import rehearse
+from kdrl_lightning.hardware.planning.rehearsal.meter import Cost
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 from kdrl_lightning.hardware.planning.seconds import work_of
 from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.teachers import HardSync, InitialWeights, MovingAverage, TrustRegion

@@ -17,9 +17,9 @@ from helpers.engines import engine_for
 from helpers.planned_models import SMALL
 from kdrl_lightning import GRPO, KDRLModule, RolloutSettings
 from kdrl_lightning.engines import Sampling, transformers_engine
-from kdrl_lightning.hardware.planning.building import rehearse
 from kdrl_lightning.hardware.planning.engine import decode
 from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.rehearsal.building import rehearse
 from kdrl_lightning.models.loading import load_causal_lm
 
 GROUP, PROMPT, END = 6, 7, 1

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from kdrl_lightning.hardware.planning.batches import (
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.rehearsal.batches import (
     joined_rows,
     make_batch,
     with_own_prompts,
     with_scores,
     zeros_of_ids,
 )
-from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import Cost, Meter, Typical
-from kdrl_lightning.hardware.planning.models import (
+from kdrl_lightning.hardware.planning.rehearsal.meter import Cost, Meter, Typical
+from kdrl_lightning.hardware.planning.rehearsal.models import (
     chunk_of,
     largest_layer,
 )

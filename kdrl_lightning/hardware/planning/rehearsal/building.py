@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
-from kdrl_lightning.hardware.planning.models import (
+from kdrl_lightning.hardware.planning.rehearsal.meter import Meter, without_numbers
+from kdrl_lightning.hardware.planning.rehearsal.models import (
     frozen_scorer,
     process_group,
     reference_of,
@@ -19,7 +19,7 @@ from kdrl_lightning.hardware.planning.models import (
     student_of,
     work_on_lists,
 )
-from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal.steps import Rehearsal
 from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.hardware.planning.teachers.stand_ins import Stand
 from kdrl_lightning.models.scorer import Scorer
