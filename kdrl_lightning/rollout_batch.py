@@ -274,7 +274,9 @@ class RolloutBatch:
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; the host does not wait for a copy from CPU to GPU."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        # Fake tensors, and those of a simulated GPU, cannot be pinned.
+        pins = type(tensor) is Tensor and torch.cuda.is_available()
+        return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
     return tensor.to(device)
 
 

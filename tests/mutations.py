@@ -1485,7 +1485,7 @@ MUTATIONS = [
     Mutation(
         "own prompt: a cache does not tell contexts apart",
         OWN_KEYS,
-        "if batch.teacher_prompt_ids is not None:",
+        "if prompts is not None:",
         "if False:",
     ),
     Mutation(
@@ -1901,8 +1901,8 @@ MUTATIONS = [
     Mutation(
         "plan: scores of other rows",
         PLAN_SCORES,
-        "torch.tensor(rows,",
-        "torch.tensor(sorted(rows),",
+        "torch.tensor(rows)",
+        "torch.tensor(sorted(rows))",
     ),
     Mutation("step log: a step late", STEP_LOG, "trainer.global_step - 1", "trainer.global_step"),
     Mutation("step log: each step", STEP_LOG, "trainer.global_step % every == 0", "True"),

@@ -68,6 +68,7 @@ class Scorer(nn.Module):
         unreached: trainable parameters that get no gradient from short rows.
         at_head: whether to take the head's input instead of the decoder's output as hidden states;
             ``verify`` decides.
+        refuse: raises for a batch's highest id if the model has no row for it; None: all have one.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Scorer(nn.Module):
         self.sharing = Sharing()
         self.unreached: list[str] = []
         self.at_head = decoder_of(model) is None
+        self.refuse: Callable[[int], None] | None = None
         decide_per_row(model)
         keep_precision(model)
         self._switches = [length for length, _ in switch_lengths(model)]
@@ -143,7 +145,7 @@ class Scorer(nn.Module):
             Scores ``[B, T]``, 0 after each completion's end.
         """
         call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
-        host = on_host(*call)
+        host = self._read(*call)
         merged = self._merged(*host)
         # Only these two can give equal rows different scores.
         apart = topk_ids is not None or (other is not None and other.per_row)
@@ -177,6 +179,13 @@ class Scorer(nn.Module):
             loss=(lambda found: loss(found.map(spread))) if loss and pays else None,
         )
         return scores.map(spread)
+
+    def _read(self, ids: Tensor, lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the layout of the rows on the CPU, and refuse ids without a row."""
+        host = on_host(ids, lengths, mask)
+        if self.refuse is not None:
+            self.refuse(int(host[0].max()))
+        return host
 
     def _merged(self, ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows | None:
         """Return the batch's distinct rows and prompts, or None if every row runs in full.
@@ -273,7 +282,7 @@ class Scorer(nn.Module):
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
         call = batch.input_ids, batch.prompt_lengths, batch.completion_mask
-        host, device = on_host(*call), batch.input_ids.device
+        host, device = self._read(*call), batch.input_ids.device
         merged = self._merged(*host)
         places = places_of(host[2], merged, False, device)
         classes = self._classes(host, merged)

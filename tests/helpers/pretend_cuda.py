@@ -176,6 +176,8 @@ class _Functions(TorchFunctionMode):
             _waited("upload")
             kwargs.setdefault("dtype", args[0].dtype)
             return to_card(torch.tensor(*args[1:], **{**kwargs, "device": "cpu"}))
+        if func == torch.Tensor.data.__set__:
+            return _set_data(*args)
         if func is torch.Tensor.cuda:
             return to_card(args[0])
         if func is torch.Tensor.pin_memory:
@@ -216,6 +218,20 @@ def to_card(x: Any) -> Any:
                 module._buffers[name] = to_card(buffer)
         return x
     return x if isinstance(x, Card) else _Move.apply(x)  # type: ignore[no-untyped-call]
+
+
+def _set_data(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor the contents of another, which may be on the other device."""
+    if isinstance(target, Card) and isinstance(value, Card):
+        torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
+        target.inner = value.inner
+    elif isinstance(target, Card) or isinstance(value, Card):
+        made = value.detach()
+        if getattr(target, "_is_param", isinstance(target, torch.nn.Parameter)):
+            made = torch.nn.Parameter(made, target.requires_grad)
+        torch.utils.swap_tensors(target, made)
+    else:
+        torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
 
 
 _moved: dict[int, Any] = {}
