@@ -35,6 +35,13 @@ WAITS = {
     aten.bincount.default,
     aten.repeat_interleave.Tensor,
 }
+# CUDA's products of 16-bit matrices with a float32 result.
+WIDE_PRODUCTS = {
+    aten.mm.dtype: aten.mm.default,
+    aten.mm.dtype_out: aten.mm.out,
+    aten.addmm.dtype: aten.addmm.default,
+    aten.addmm.dtype_out: aten.addmm.out,
+}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -121,6 +128,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner = {id(x.inner): x for x in cards}
     args, kwargs = tree_map_only(Card, lambda x: x.inner, (args, kwargs))
+    if func in WIDE_PRODUCTS:
+        *args, kind = args
+        func, args = WIDE_PRODUCTS[func], tree_map_only(torch.Tensor, lambda x: x.to(kind), args)
     out = func(*args, **kwargs)
     if not on_card:
         return out
@@ -211,9 +221,8 @@ def to_card(x: Any) -> Any:
     """Return a tensor, or a module, on the pretended GPU."""
     if isinstance(x, torch.nn.Module):
         for module in x.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                moved = _shared(parameter)
-                setattr(module, name, moved)
+            for parameter in module.parameters(recurse=False):
+                _set_data(parameter, to_card(parameter.detach()))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = to_card(buffer)
         return x
@@ -221,7 +230,10 @@ def to_card(x: Any) -> Any:
 
 
 def _set_data(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a tensor the contents of another, which may be on the other device."""
+    """Give a tensor the contents of another, which may be on the other device.
+
+    The tensor stays the same object, as on a real GPU: whoever refers to it sees it move.
+    """
     if isinstance(target, Card) and isinstance(value, Card):
         torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
         target.inner = value.inner
@@ -234,28 +246,13 @@ def _set_data(target: torch.Tensor, value: torch.Tensor) -> None:
         torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
 
 
-_moved: dict[int, Any] = {}
-
-
-def _shared(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Return the parameter on the card; tied parameters stay tied."""
-    if isinstance(parameter, Card):
-        return parameter
-    if id(parameter) not in _moved:
-        _moved[id(parameter)] = (
-            parameter,
-            torch.nn.Parameter(Card(parameter.detach().clone()), parameter.requires_grad),
-        )
-    made: torch.nn.Parameter = _moved[id(parameter)][1]
-    return made
-
-
 @contextmanager
 def pretend_cuda() -> Iterator[Counter[str]]:
     """Pretend that there is a GPU; yield the number of the host's waits by operation."""
     waits.clear()
-    _moved.clear()
     with (
+        # `Module.to` moves parameters in place, as with a real GPU.
+        patch.object(torch.__future__, "get_swap_module_params_on_conversion", lambda: True),
         patch.object(torch.cuda, "synchronize", lambda *_: waits.update(["synchronize"])),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (8 << 30, 16 << 30)),
         _Functions(),
