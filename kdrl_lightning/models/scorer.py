@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.common.layout import Layout
 from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
@@ -126,6 +127,7 @@ class Scorer(nn.Module):
         other: Other | None = None,
         divergence: Divergence | None = None,
         loss: Loss | None = None,
+        layout: Layout | None = None,
     ) -> TokenScores:
         """Score the completions.
 
@@ -140,12 +142,13 @@ class Scorer(nn.Module):
             other: another model's states at the same tokens, see ``states``.
             divergence: computes the divergence from that model, over the full vocabulary.
             loss: the loss that you will compute from the scores, see ``token_scores``.
+            layout: the same rows on the CPU; None: read them, for which the host waits for a GPU.
 
         Returns:
             Scores ``[B, T]``, 0 after each completion's end.
         """
         call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
-        host = self._read(*call)
+        host = self._read(*call, layout)
         merged = self._merged(*host)
         # Only these two can give equal rows different scores.
         apart = topk_ids is not None or (other is not None and other.per_row)
@@ -180,9 +183,14 @@ class Scorer(nn.Module):
         )
         return scores.map(spread)
 
-    def _read(self, ids: Tensor, lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layout of the rows on the CPU, and refuse ids without a row."""
-        host = on_host(ids, lengths, mask)
+    def _read(
+        self, ids: Tensor, lengths: Tensor, mask: Tensor, layout: Layout | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, prompt lengths and mask on the CPU, and refuse ids without a row."""
+        if layout is None:
+            host = on_host(ids, lengths, mask)
+        else:
+            host = layout.input_ids, layout.prompt_lengths, layout.completion_mask
         if self.refuse is not None:
             self.refuse(int(host[0].max()))
         return host
@@ -282,7 +290,7 @@ class Scorer(nn.Module):
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
         call = batch.input_ids, batch.prompt_lengths, batch.completion_mask
-        host, device = self._read(*call), batch.input_ids.device
+        host, device = self._read(*call, batch.layout), batch.input_ids.device
         merged = self._merged(*host)
         places = places_of(host[2], merged, False, device)
         classes = self._classes(host, merged)
@@ -316,6 +324,7 @@ class Scorer(nn.Module):
             other,
             divergence,
             loss,
+            batch.layout,
         )
         return TokenScores(*scores)
 

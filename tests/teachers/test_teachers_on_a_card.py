@@ -174,7 +174,7 @@ def test_scores_on_a_card_are_the_cpus(
     )
     assert not steps, dict(steps)  # following the student is no reason to wait
     del waits["transformers"]  # its masks look at their padding
-    assert 1 <= sum(waits.values()) <= bound, dict(waits)
+    assert sum(waits.values()) <= bound, dict(waits)
     for ours, theirs in zip(found, wanted, strict=True):
         for name, value in theirs._asdict().items():
             mine = getattr(ours, name)
