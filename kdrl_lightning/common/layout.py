@@ -15,7 +15,8 @@ class Layout:
     """Tokens and lengths of B completions, on the CPU.
 
     Shapes depend on what rows have in common and how long they are, and the host would wait for a
-    GPU to learn it. So a batch that moves to a GPU leaves its layout behind, and its parts share it.
+    GPU to learn it. So a batch that moves to a GPU keeps its layout on the CPU, and its parts get
+    theirs from it.
 
     Attributes:
         input_ids: ``[B, S]``, as in ``RolloutBatch``; so are the others.

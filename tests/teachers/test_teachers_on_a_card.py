@@ -42,16 +42,15 @@ from kdrl_lightning.tiny.addition import SYMBOLS
 
 PROMPTS, COMPLETIONS = ["12+34=", "1+1="], ["06,04#046", "2"]
 ADAPTERS = LoRA(2)
-# Waits of a score. Each pass of a model reads the layout of its rows.
-PASS = 1
-# Another prompt is written before the same completion: how wide the rows become.
-OWN_PROMPT = 1
-# Which teacher scores a row, and how long it is.
-ROUTES = 2
-# A cache reads ids, and two numbers of each row; it stores five tables and their lengths.
-KEYS, STORED = 2, 6
-# What is written in other tokens leaves the card for it, prompts and end tokens twice.
-OTHER_TOKENS = 8
+# Waits of a score. The batch brought the layout of its rows along, so a pass needs none.
+# The tokens that have scores, or a common distribution of two models.
+TOKENS = 1
+# Which teacher scores a row.
+ROUTES = 1
+# A cache reads ids, and three numbers of each row; it stores four tables and their lengths.
+KEYS, STORED = 2, 5
+# What is written in other tokens leaves the card for it.
+OTHER_TOKENS = 5
 
 
 @pytest.fixture(scope="module")
@@ -132,26 +131,25 @@ def plain(value: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "lora", "bound"),
     [
-        (lambda _: AdapterOffTeacher(), ADAPTERS, PASS),
-        (lambda _: SelfTeacher(MovingAverage(0.25)), None, PASS),
-        (lambda _: SelfTeacher(MovingAverage(0.25)), ADAPTERS, PASS),
-        (lambda _: SelfTeacher(HardSync(2)), None, PASS),
-        # Two models and the tokens of their common distribution.
-        (lambda _: SelfTeacher(TrustRegion(0.5)), None, 2 * PASS + 1),
-        (lambda _: SelfTeacher(TrustRegion(0.5)), ADAPTERS, 2 * PASS + 1),
+        (lambda _: AdapterOffTeacher(), ADAPTERS, 0),
+        (lambda _: SelfTeacher(MovingAverage(0.25)), None, 0),
+        (lambda _: SelfTeacher(MovingAverage(0.25)), ADAPTERS, 0),
+        (lambda _: SelfTeacher(HardSync(2)), None, 0),
+        (lambda _: SelfTeacher(TrustRegion(0.5)), None, TOKENS),
+        (lambda _: SelfTeacher(TrustRegion(0.5)), ADAPTERS, TOKENS),
         (
             lambda path: PromptedTeacher(
                 LocalTeacher(path), TeacherPrompt(ColumnContext("solution"), "{context}#{prompt}")
             ),
             None,
-            PASS + OWN_PROMPT,
+            0,
         ),
-        (lambda path: CrossTokenizerTeacher(LocalTeacher(path)), None, PASS + OTHER_TOKENS),
-        (lambda path: LocalTeacher(path, offload=True), None, PASS),
+        (lambda path: CrossTokenizerTeacher(LocalTeacher(path)), None, OTHER_TOKENS),
+        (lambda path: LocalTeacher(path, offload=True), None, 0),
         (
             lambda path: RoutedTeacher({"a": LocalTeacher(path), "b": LocalTeacher(path)}),
             None,
-            ROUTES + 2 * PASS,
+            ROUTES,
         ),
     ],
     ids=[
@@ -193,7 +191,7 @@ def test_a_cache_waits_no_more_for_more_rows(
         teacher = CachedTeacher(LocalTeacher(teacher_folder), str(tmp_path / "scores"))
         teacher.load(CUDA)
         here = batch.to(CUDA)
-        for most in (PASS + KEYS + STORED + 1, KEYS):  # nothing, then all rows are in the file
+        for most in (KEYS + STORED, KEYS):  # nothing, then all rows are in the file
             waits.clear()
             found.append(teacher.score(here))
             del waits["transformers"]
@@ -206,7 +204,9 @@ def test_a_cache_waits_no_more_for_more_rows(
 @pytest.mark.parametrize("swap", [(1, 3), (4, 0)])
 def test_two_swapped_tokens_need_no_wait(swap: tuple[int, int]) -> None:
     weight, hidden = torch.randn(5, 3), torch.randn(2, 3)
-    logits = (hidden @ weight.T)[:, [swap[::-1][swap.index(i)] if i in swap else i for i in range(5)]]
+    logits = (hidden @ weight.T)[
+        :, [swap[::-1][swap.index(i)] if i in swap else i for i in range(5)]
+    ]
     with pretend_cuda() as waits:
         head, states = Head(weight.to("cuda"), swap=swap), hidden.to("cuda")
         waits.clear()
@@ -224,7 +224,7 @@ def test_the_teachers_own_tokens_are_found_once(teacher_folder: str, student_fol
         waits.clear()
         own_top_k(teacher, here, 3)
         del waits["transformers"]
-        assert sum(waits.values()) <= PASS + 1, dict(waits)
+        assert sum(waits.values()) <= TOKENS, dict(waits)
 
 
 def test_weights_on_two_devices_are_not_blended() -> None:
