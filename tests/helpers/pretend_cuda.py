@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +44,18 @@ WIDE_PRODUCTS = {
     aten.addmm.dtype_out: aten.addmm.out,
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+# What autocast on CUDA computes in 16 bits, and what in float32.
+NARROW = {
+    *(F.linear, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.addmm),
+    *(torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm),
+}
+WIDE = {
+    *(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.exp, torch.log, torch.pow),
+    *(torch.rsqrt, torch.sum, torch.cumsum, torch.Tensor.softmax, torch.Tensor.log_softmax),
+    *(torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow, torch.Tensor.sum, torch.Tensor.cumsum),
+}
 
 
 class MixedDevicesError(RuntimeError):
@@ -169,6 +182,9 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.is_autocast_enabled("cuda") and (func in NARROW or func in WIDE):
+            kind = torch.get_autocast_dtype("cuda") if func in NARROW else torch.float32
+            args, kwargs = tree_map_only(Card, lambda x: _cast(x, kind), (args, kwargs))
         if func is torch.Tensor.backward:
             with self:  # a handler's mode is off while it runs
                 return _engine_run_backward(
@@ -217,6 +233,11 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _cast(x: Card, kind: torch.dtype) -> torch.Tensor:
+    """Cast as autocast does, which leaves integers and float64 alone."""
+    return x.to(kind) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
 def to_card(x: Any) -> Any:
     """Return a tensor, or a module, on the pretended GPU."""
     if isinstance(x, torch.nn.Module):
@@ -253,6 +274,8 @@ def pretend_cuda() -> Iterator[Counter[str]]:
     with (
         # `Module.to` moves parameters in place, as with a real GPU.
         patch.object(torch.__future__, "get_swap_module_params_on_conversion", lambda: True),
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
         patch.object(torch.cuda, "synchronize", lambda *_: waits.update(["synchronize"])),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (8 << 30, 16 << 30)),
         _Functions(),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from helpers.card_runs import train
@@ -23,6 +24,7 @@ from kdrl_lightning import (
     RLAD,
     SFT,
     ColumnContext,
+    LocalTeacher,
     Objective,
     PromptedTeacher,
     TeacherPrompt,
@@ -31,9 +33,13 @@ from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, We
 from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine, _draw
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
+from kdrl_lightning.metrics.step_log import numbers
 from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.rollout.updates.scoring import scored
+from kdrl_lightning.rollout_batch import LAYOUT_FIELDS, RolloutBatch, collate, upload
 from kdrl_lightning.teachers import MovingAverage, SelfTeacher
+from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, as_read, with_prompts
 from kdrl_lightning.tiny import TinyModel
 
 # How often the host may wait for the card: never in a micro-batch; in a step for statistics, the
@@ -106,6 +112,23 @@ def test_a_run_of_the_teachers_completions(student: str, tmp_path: Path) -> None
     assert theirs <= phases.micro_batches * IN_TRANSFORMERS
     assert sum(phases.updates.values()) <= 2 * 3, dict(phases.updates)
     same_metrics(*found)
+
+
+def test_a_run_in_16_bits(student: str, tmp_path: Path) -> None:
+    """Autocast, 16-bit products with float32 results, and an engine in 16 bits."""
+    found = []
+    for on_card in (False, True):
+        torch.manual_seed(0)
+        module = make_module(student, LocalTeacher(TinyModel("teacher"), "bfloat16"), KDRL())
+        data = make_data(**SMALL, max_tokens=8)
+        precision = "bf16-mixed" if on_card else "32-true"
+        metrics, phases = train(module, data, tmp_path, on_card, max_steps=2, precision=precision)
+        found.append(metrics)
+    theirs = phases.updates.pop("transformers", 0)
+    assert theirs <= phases.micro_batches * IN_TRANSFORMERS
+    assert sum(phases.updates.values()) <= 2 * 3, dict(phases.updates)
+    for name in ("policy/entropy", "loss/total"):
+        assert found[1][name] == pytest.approx(found[0][name], abs=0.02), name
 
 
 def test_a_checkpoint_of_a_card(student: str, tmp_path: Path) -> None:
@@ -195,6 +218,75 @@ def test_weights_leave_a_card(student: str) -> None:
         assert not any(isinstance(tensor, Card) for tensor in state.values())
     for name, tensor in state.items():
         assert torch.equal(tensor, wanted[name])
+
+
+def test_parameters_move_in_place() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    with pretend_cuda():
+        for move in (to_card, lambda m: m.to("cuda"), lambda m: m.cpu()):
+            before = list(model.parameters())
+            move(model)
+            assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+            assert model[1].weight is model[0].weight
+            assert isinstance(model[0].weight, torch.nn.Parameter)
+        assert not isinstance(model[0].weight, Card)
+        model[0].weight.data = torch.ones(2, 2, device="cuda")
+        assert isinstance(model[1].weight, Card) and model[1].weight.requires_grad
+
+
+def test_several_numbers_leave_a_card_at_once() -> None:
+    values = {"a": 0.1, "b": 2.5, "c": -1.0}
+    metrics = {name: torch.tensor(value) for name, value in values.items()}
+    metrics["d"] = torch.tensor(3)
+    with pretend_cuda() as waits:
+        given = {name: value.to("cuda") for name, value in metrics.items()}
+        given["b"] = metrics["b"]
+        waits.clear()
+        found = numbers(given, ["c", "a", "missing", "b", "d"])
+        assert sum(waits.values()) == 1, dict(waits)
+    assert found == {"c": -1.0, "a": float(metrics["a"]), "b": 2.5, "d": 3.0}
+    assert list(found) == ["c", "a", "b", "d"]
+
+
+def test_parts_of_a_rollout_know_their_layout() -> None:
+    here = collate([[5, 6], [7]], [[8, 1], [9, 9, 1]], [0, 1], pad_id=0)
+    own = with_prompts(here, [OwnPrompt([3]), OwnPrompt([4, 4, 4])])
+    with pretend_cuda() as waits:
+        card = own.to("cuda")
+        waits.clear()
+        parts = [card.select([1]), card.replace(temperature=0.5).select([1, 0]).select([0])]
+        read = [as_read(part) for part in (*parts, card)]
+        known = [part.layout for part in (*parts, *read)]
+        assert not waits, dict(waits)
+        changed = card.replace(input_ids=card.input_ids + 1).layout  # is not known
+        assert sum(waits.values()) == 1, dict(waits)
+    cpu = [own.select([1]), own.select([1]), as_read(own.select([1])), as_read(own.select([1]))]
+    wanted = [*cpu, as_read(own), own.replace(input_ids=own.input_ids + 1)]
+    for found, batch in zip([*known, changed], wanted, strict=True):
+        for name in LAYOUT_FIELDS:
+            expected = getattr(batch, name)
+            assert (getattr(found, name) is None) == (expected is None), name
+            assert expected is None or torch.equal(getattr(found, name), expected), name
+
+
+def test_scores_of_passes_are_joined_without_a_wait() -> None:
+    batch = collate([[5, 6], [7]], [[8, 1], [9, 9, 1]], [0, 1], pad_id=0)
+    with pretend_cuda() as waits:
+        card = batch.to("cuda")
+        waits.clear()
+
+        def score(part: RolloutBatch) -> RolloutBatch:
+            return part.replace(old_logprobs=part.completion_ids.float())
+
+        found = scored(card, [[1], [0]], score, ("old_logprobs",)).old_logprobs
+        assert not waits, dict(waits)
+    assert isinstance(found, Card) and torch.equal(found.inner, batch.completion_ids.float())
+
+
+def test_tensors_move_under_torchs_fake_tensors() -> None:
+    with FakeTensorMode():
+        assert upload(torch.zeros(2), torch.device("cuda:0")).device.type == "cuda"
 
 
 def test_mixed_devices_fail() -> None:
