@@ -2772,8 +2772,8 @@ MUTATIONS = [
     Mutation(
         "passes: ranks of a sharded model differ in their number",
         ("models/scorer.py", "models/passes/test_width_classes.py"),
-        "if self.sharded or not self.pads:",
-        "if not self.pads:",
+        "if self.sharded and self.pads:",
+        "if False:",
     ),
     Mutation(
         "fast path: NaN is near",

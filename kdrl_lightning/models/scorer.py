@@ -35,6 +35,8 @@ from kdrl_lightning.models.passes.shared_prompts import (
     Sharing,
     WidthClass,
     cuda_clock,
+    length_classes,
+    lengths_of,
     merge_rows,
     on_host,
     places_of,
@@ -154,9 +156,9 @@ class Scorer(nn.Module):
         apart = topk_ids is not None or (other is not None and other.per_row)
         once = merged is not None and not apart
         rows, columns, states, among = places_of(host[2], merged, once, device)
-        classes = self._classes(host, merged)
+        passes = lengths_of(host, merged), self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call, merged, states, columns, classes)
+        hidden = self._hidden(*call[:2], merged, states, columns, *passes)
         of = merged.of if merged is not None and once else None
         if merged is not None and once:
             completion_ids = completion_ids[merged.first]
@@ -209,51 +211,53 @@ class Scorer(nn.Module):
         self,
         input_ids: Tensor,
         prompt_lengths: Tensor,
-        mask: Tensor,
         merged: MergedRows | None,
         rows: Tensor,
         columns: Tensor,
+        lengths: Tensor,
         classes: Sequence[WidthClass],
     ) -> Tensor:
         """Return ``[N, H]``: the hidden states that predict completion tokens ``columns`` of rows.
 
-        ``rows`` and the passes ``classes`` index the rows of ``merged``, unless it is None.
+        ``rows``, ``lengths`` (on the CPU) and the passes ``classes`` are of the rows of ``merged``,
+        unless it is None.
         """
         if merged is not None:
-            input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
+            input_ids, prompt_lengths = merged.input_ids, merged.prompt_lengths
             from kdrl_lightning.models.prompt_cache import shared_states
 
             once = partial(shared_states, decoder_of(self.model), merged)
-            each = partial(self._row_states, input_ids, prompt_lengths + mask.sum(1), classes)
+            each = partial(self._row_states, input_ids, lengths, classes)
             tokens = sum(c.tokens for c in classes) or input_ids.numel()
             if self._pays(merged, tokens, once, each):
                 return once()[rows, columns]
-        hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1), classes)
+        hidden = self._row_states(input_ids, lengths, classes)
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
     def _classes(
         self, host: tuple[Tensor, Tensor, Tensor], merged: MergedRows | None
     ) -> list[WidthClass]:
-        """Return the rows' passes; empty if all rows run in one, or each length in its own.
+        """Return the rows' passes; empty if all rows run in one.
 
         A sharded model gathers its weights in each pass, so all ranks must run the same number.
         """
-        if self.sharded or not self.pads:
+        if self.sharded and self.pads:
             return []
-        prompts, mask = host[1:] if merged is None else (merged.prompt_lengths, merged.mask)
-        return width_classes((prompts + mask.sum(1)).tolist())
+        lengths = lengths_of(host, merged).tolist()
+        return width_classes(lengths) if self.pads else length_classes(lengths)
 
     def _row_states(
         self, input_ids: Tensor, lengths: Tensor, classes: Sequence[WidthClass] = ()
     ) -> Tensor:
-        """Return the states ``[B, S, H]`` of rows that end at ``lengths``."""
+        """Return the states ``[B, S, H]`` of rows that end at ``lengths``, which are on the CPU."""
         if len(input_ids) == 1 or (self.pads and len(classes) < 2):
             return self._pass(input_ids, lengths)
         device = input_ids.device
-        groups = [(upload(torch.tensor(c.rows), device), c.width) for c in classes] or [
-            ((lengths == n).nonzero().squeeze(1), n) for n in lengths.unique().tolist()
+        groups = [(upload(torch.tensor(c.rows), device), c.width) for c in classes]
+        states = [
+            self._pass(input_ids[group, :width], lengths[c.rows])
+            for c, (group, width) in zip(classes, groups, strict=True)
         ]
-        states = [self._pass(input_ids[g, :width], lengths[g]) for g, width in groups]
         whole = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
         for (group, _), part in zip(groups, states, strict=True):
             column = torch.arange(part.shape[1], device=group.device)
@@ -293,9 +297,9 @@ class Scorer(nn.Module):
         host, device = self._read(*call, batch.layout), batch.input_ids.device
         merged = self._merged(*host)
         places = places_of(host[2], merged, False, device)
-        classes = self._classes(host, merged)
+        passes = lengths_of(host, merged), self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call, merged, places.states, places.columns, classes)
+        hidden = self._hidden(*call[:2], merged, places.states, places.columns, *passes)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(
@@ -388,7 +392,7 @@ class Scorer(nn.Module):
             exact = self._alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
         finally:
             handle.remove()
-        states = self._row_states(ids[None], torch.tensor([len(ids)], device=ids.device))[0, :-1]
+        states = self._row_states(ids[None], torch.tensor([len(ids)]))[0, :-1]
         ours = token_scores(states * (factor if called else 1.0), self.head(), ids[1:])
         return float((ours.logprobs - exact).abs().max())
 

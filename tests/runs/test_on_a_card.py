@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from helpers import rotary_models, small_models
 from helpers.card_runs import train
 from helpers.pretend_cuda import Card, MixedDevicesError, pretend_cuda, to_card
 from helpers.short_runs import make_data, make_module
@@ -35,6 +36,7 @@ from kdrl_lightning.engines.transformers_engine import TransformersEngine, _draw
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.metrics.step_log import numbers
 from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout.updates.scoring import scored
 from kdrl_lightning.rollout_batch import LAYOUT_FIELDS, RolloutBatch, collate, upload
@@ -268,6 +270,25 @@ def test_parts_of_a_rollout_know_their_layout() -> None:
             expected = getattr(batch, name)
             assert (getattr(found, name) is None) == (expected is None), name
             assert expected is None or torch.equal(getattr(found, name), expected), name
+
+
+@pytest.mark.parametrize("kind", rotary_models.CASES)
+def test_rotary_embeddings_by_length_need_no_wait(kind: str) -> None:
+    model_type, settings = rotary_models.CASES[kind]
+    scorer = Scorer(small_models.build(model_type, **settings))
+    n = rotary_models.LIMIT
+    rows = [list(range(2, n + 8)), [3, 4, 5], list(range(2, n - 1))]
+    batch = collate([row[:-2] for row in rows], [row[-2:] for row in rows], [0, 1, 2], pad_id=0)
+    with torch.no_grad():
+        wanted = scorer.score(batch).logprobs
+        with pretend_cuda() as waits:
+            to_card(scorer)
+            card = batch.to("cuda")
+            waits.clear()
+            found = scorer.score(card).logprobs
+            del waits["transformers"]
+            assert not waits, dict(waits)
+    torch.testing.assert_close(found.inner, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_of_passes_are_joined_without_a_wait() -> None:

@@ -1,4 +1,4 @@
-"""The seconds that a teacher takes, on a CPU and on a GPU, which the host does not wait for."""
+"""The seconds that a teacher takes, on a CPU and on a GPU, where no host waits for them."""
 
 from __future__ import annotations
 
