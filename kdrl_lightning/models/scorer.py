@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdrl_lightning.common.layout import Layout
 from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
@@ -42,7 +41,7 @@ from kdrl_lightning.models.passes.shared_prompts import (
     places_of,
     width_classes,
 )
-from kdrl_lightning.rollout_batch import RolloutBatch, upload
+from kdrl_lightning.rollout_batch import Layout, RolloutBatch, upload
 
 # `Any`: models and configurations of transformers share no typed base.
 

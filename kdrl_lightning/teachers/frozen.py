@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.common.clock import ScoringClock
 from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
@@ -18,7 +19,6 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
-from kdrl_lightning.teachers.clock import ScoringClock
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.own_top_k import own_top_k

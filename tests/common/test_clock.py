@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_lightning.teachers.clock import ScoringClock
+from kdrl_lightning.common.clock import ScoringClock
 
 
 class Event:
