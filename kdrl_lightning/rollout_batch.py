@@ -6,17 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.layout import LAYOUT_FIELDS, Layout
+
 STUDENT, TEACHER = 0, 1
-# What `Layout` holds.
-LAYOUT_FIELDS = {
-    *("input_ids", "prompt_lengths", "completion_ids", "completion_mask", "teacher_prompt_ids")
-}
 
 
 @dataclass(frozen=True)
@@ -51,67 +49,6 @@ class StepTotals:
             self.num_prompts + other.num_prompts,
             max(self.max_tokens, other.max_tokens),
             self.imitation_weight + other.imitation_weight,
-        )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Tokens and lengths of B completions, on the CPU.
-
-    Shapes depend on what rows have in common and how long they are, and the host would wait for a
-    GPU to learn it. So a batch that moves to a GPU keeps its layout on the CPU, and its parts get
-    theirs from it.
-
-    Attributes:
-        input_ids: ``[B, S]``, as in ``RolloutBatch``; so are the others.
-        prompt_lengths: ``[B]``.
-        completion_ids: ``[B, T]``.
-        completion_mask: ``[B, T]`` bool.
-        teacher_prompt_ids: ``[B, W]``, or None.
-    """
-
-    input_ids: Tensor
-    prompt_lengths: Tensor
-    completion_ids: Tensor
-    completion_mask: Tensor
-    teacher_prompt_ids: Tensor | None
-
-    @cached_property
-    def sizes(self) -> list[list[int]]:
-        """Tokens of each row, of its completion, and of the teacher's own prompt."""
-        completions, prompts = self.completion_mask.sum(1), self.teacher_prompt_ids
-        own = torch.zeros_like(completions) if prompts is None else (prompts >= 0).sum(1)
-        sizes = torch.stack([self.prompt_lengths + completions, completions, own], 1)
-        return cast("list[list[int]]", sizes.tolist())
-
-    def on_cpu(self) -> Layout:
-        """Return a copy on the CPU; if the tables are on a GPU, the host waits for it once."""
-        if self.input_ids.device.type == "cpu":
-            return self
-        tables = [self.prompt_lengths[:, None], self.input_ids, self.completion_ids]
-        tables.append(self.completion_mask.long())
-        if self.teacher_prompt_ids is not None:
-            tables.append(self.teacher_prompt_ids)
-        packed = torch.cat(tables, 1).cpu()
-        lengths, ids, completions, mask, *own = packed.split([t.shape[1] for t in tables], 1)
-        return Layout(ids, lengths[:, 0], completions, mask.bool(), own[0] if own else None)
-
-    def select(self, rows: Tensor, width: int, tokens: int, longest: int) -> Layout:
-        """Return some rows.
-
-        Args:
-            rows: ``[R]`` int64, on the CPU.
-            width: columns of ``input_ids`` to keep.
-            tokens: columns of the completions to keep.
-            longest: columns of the teacher's prompts to keep.
-        """
-        own = self.teacher_prompt_ids
-        return Layout(
-            self.input_ids[rows, :width],
-            self.prompt_lengths[rows],
-            self.completion_ids[rows, :tokens],
-            self.completion_mask[rows, :tokens],
-            None if own is None else own[rows, :longest],
         )
 
 
@@ -253,8 +190,7 @@ class RolloutBatch:
     @cached_property
     def layout(self) -> Layout:
         """Tokens and lengths on the CPU; a batch that came from the CPU needs no wait for a GPU."""
-        tables = {name: getattr(self, name) for name in LAYOUT_FIELDS}
-        return Layout(**tables).on_cpu()
+        return Layout(**{name: getattr(self, name) for name in LAYOUT_FIELDS}).on_cpu()
 
     def with_layout(self, layout: Layout) -> RolloutBatch:
         """Return a copy that takes this for its layout; on a CPU its own tables are the layout."""
@@ -304,10 +240,8 @@ class RolloutBatch:
             value = getattr(picked, item.name)
             if isinstance(value, Tensor) and value.dim() >= 2 and item.name not in cut:
                 cut[item.name] = value[:, :tokens]
-        part = replace(picked, **cut)  # type: ignore[arg-type]
-        if picked.input_ids.device.type == "cpu":
-            return part
-        return part.with_layout(self.layout.select(index, width, tokens, longest))
+        layout = self.layout.select(index, width, tokens, longest)
+        return replace(picked, **cut).with_layout(layout)  # type: ignore[arg-type]
 
     def without_flat_groups(self) -> RolloutBatch:
         """Return a copy in which groups with equal rewards are left out of the loss."""

@@ -1473,8 +1473,8 @@ MUTATIONS = [
     Mutation(
         "own prompt: the student's length",
         AS_READ,
-        "input_ids=ids, prompt_lengths=lengths,",
-        "input_ids=ids,",
+        "made = batch.replace(input_ids=ids, prompt_lengths=lengths,",
+        "made = batch.replace(input_ids=ids,",
     ),
     Mutation(
         "own prompt: too long, and a context all the same",
@@ -1828,7 +1828,10 @@ MUTATIONS = [
         "whole",
     ),
     Mutation(
-        "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
+        "merging: the completion's length is no difference",
+        MERGING,
+        "prompt_lengths + mask.sum(1)",
+        "prompt_lengths + mask.shape[1]",
     ),
     Mutation(
         "merging: another row's length",
@@ -2019,8 +2022,8 @@ MUTATIONS = [
     Mutation(
         "rows by length: one length for all",
         SCORED,
-        "self._pass(input_ids[g, :",
-        "self._pass(input_ids[g, 1:",
+        "self._pass(input_ids[g, : c",
+        "self._pass(input_ids[g, 1: c",
     ),
     Mutation(
         "sampling: recurrent states stay",

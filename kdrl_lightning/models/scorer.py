@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.common.layout import Layout, Rows
 from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
@@ -41,7 +42,7 @@ from kdrl_lightning.models.passes.shared_prompts import (
     places_of,
     width_classes,
 )
-from kdrl_lightning.rollout_batch import Layout, RolloutBatch, upload
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 
 # `Any`: models and configurations of transformers share no typed base.
 
@@ -149,7 +150,7 @@ class Scorer(nn.Module):
             Scores ``[B, T]``, 0 after each completion's end.
         """
         call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
-        host = self._read(*call, layout)
+        host = self._checked(on_host(*call) if layout is None else layout.rows)
         merged = self._merged(*host)
         # Only these two can give equal rows different scores.
         apart = topk_ids is not None or (other is not None and other.per_row)
@@ -184,14 +185,8 @@ class Scorer(nn.Module):
         )
         return scores.map(spread)
 
-    def _read(
-        self, ids: Tensor, lengths: Tensor, mask: Tensor, layout: Layout | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids, prompt lengths and mask on the CPU, and refuse ids without a row."""
-        if layout is None:
-            host = on_host(ids, lengths, mask)
-        else:
-            host = layout.input_ids, layout.prompt_lengths, layout.completion_mask
+    def _checked(self, host: Rows) -> Rows:
+        """Return ids, prompt lengths and mask, which are on the CPU; refuse ids without a row."""
         if self.refuse is not None:
             self.refuse(int(host[0].max()))
         return host
@@ -233,9 +228,7 @@ class Scorer(nn.Module):
         hidden = self._row_states(input_ids, lengths, classes)
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
-    def _classes(
-        self, host: tuple[Tensor, Tensor, Tensor], merged: MergedRows | None
-    ) -> list[WidthClass]:
+    def _classes(self, host: Rows, merged: MergedRows | None) -> list[WidthClass]:
         """Return the rows' passes; empty if all rows run in one.
 
         A sharded model gathers its weights in each pass, so all ranks must run the same number.
@@ -251,14 +244,13 @@ class Scorer(nn.Module):
         """Return the states ``[B, S, H]`` of rows that end at ``lengths``, which are on the CPU."""
         if len(input_ids) == 1 or (self.pads and len(classes) < 2):
             return self._pass(input_ids, lengths)
-        device = input_ids.device
-        groups = [(upload(torch.tensor(c.rows), device), c.width) for c in classes]
+        groups = [upload(torch.tensor(c.rows), input_ids.device) for c in classes]
         states = [
-            self._pass(input_ids[group, :width], lengths[c.rows])
-            for c, (group, width) in zip(classes, groups, strict=True)
+            self._pass(input_ids[g, : c.width], lengths[c.rows])
+            for g, c in zip(groups, classes, strict=True)
         ]
         whole = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
-        for (group, _), part in zip(groups, states, strict=True):
+        for group, part in zip(groups, states, strict=True):
             column = torch.arange(part.shape[1], device=group.device)
             whole = whole.index_put((group[:, None], column), part)
         return whole
@@ -292,13 +284,13 @@ class Scorer(nn.Module):
         gathered, so we copy it: ``V * H`` values on every rank for the length of a micro-batch,
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
-        call = batch.input_ids, batch.prompt_lengths, batch.completion_mask
-        host, device = self._read(*call, batch.layout), batch.input_ids.device
+        call = batch.input_ids, batch.prompt_lengths
+        host, device = self._checked(batch.layout.rows), batch.input_ids.device
         merged = self._merged(*host)
         places = places_of(host[2], merged, False, device)
         passes = lengths_of(host, merged), self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call[:2], merged, places.states, places.columns, *passes)
+        hidden = self._hidden(*call, merged, places.states, places.columns, *passes)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(

@@ -31,6 +31,7 @@ from kdrl_lightning import (
     TeacherPrompt,
 )
 from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSyncCheck
+from kdrl_lightning.common.layout import LAYOUT_FIELDS
 from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine, _draw
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
@@ -39,7 +40,7 @@ from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout.updates.scoring import scored
-from kdrl_lightning.rollout_batch import LAYOUT_FIELDS, RolloutBatch, collate, upload
+from kdrl_lightning.rollout_batch import RolloutBatch, collate, upload
 from kdrl_lightning.teachers import MovingAverage, SelfTeacher
 from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, as_read, with_prompts
 from kdrl_lightning.tiny import TinyModel

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.layout import Rows
 from kdrl_lightning.rollout_batch import upload
 
 # Two passes may have at most this share of one pass's tokens: each pass has fixed costs.
@@ -151,7 +152,7 @@ def places_of(mask: Tensor, merged: MergedRows | None, once: bool, device: torch
     return Places(*(upload(x, device) for x in (rows, columns, states, number[mask])))
 
 
-def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Rows:
     """Return ids ``[B, S]``, lengths ``[B]`` and mask ``[B, T]`` on the CPU.
 
     Shapes depend on what rows have in common, and the host would wait for a GPU for each of them.
@@ -196,7 +197,7 @@ def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Merge
     )
 
 
-def lengths_of(host: tuple[Tensor, Tensor, Tensor], merged: MergedRows | None) -> Tensor:
+def lengths_of(host: Rows, merged: MergedRows | None) -> Tensor:
     """Return the lengths of rows on the CPU, as ``on_host`` returns them, or of ``merged``."""
     prompts, mask = host[1:] if merged is None else (merged.prompt_lengths, merged.mask)
     return prompts + mask.sum(1)
