@@ -112,6 +112,7 @@ MERGING = "models/passes/shared_prompts.py", "models/passes/test_shared_prompts.
 SHARED = "models/prompt_cache.py", "models/passes/test_shared_prompts.py"
 CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
 PLAN = "rollout/updates/plan.py", "rollout/test_updates.py"
+ON_A_CARD = "runs/test_waits_for_a_card.py"
 PLAN_SCORES = "rollout/updates/scoring.py", "rollout/test_updates.py"
 SCORING = "models/scorer.py", "models/passes/test_shared_prompts.py"
 ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
@@ -1900,6 +1901,36 @@ MUTATIONS = [
         PLAN,
         "later if waits.student else [*first, *later]",
         "later",
+    ),
+    Mutation(
+        "layout: kept although the tokens changed",
+        ("rollout_batch.py", ON_A_CARD),
+        "and not LAYOUT_FIELDS & changes.keys()",
+        "",
+    ),
+    Mutation(
+        "layout: lengths of other rows",
+        ("common/layout.py", ON_A_CARD),
+        "self.prompt_lengths[rows],",
+        "self.prompt_lengths[: len(rows)],",
+    ),
+    Mutation(
+        "layout: parts read the card again",
+        ("rollout_batch.py", ON_A_CARD),
+        ".with_layout(layout)  # type",
+        "  # type",
+    ),
+    Mutation(
+        "scorer: any id has a row",
+        ("models/scorer.py", "teachers/test_tokenizers.py"),
+        "if self.refuse is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "clock: a pass on a GPU is read at once",
+        ("common/clock.py", "common/test_clock.py"),
+        "self._marks.append((began, ended))",
+        "self._marks.append((began, ended)); _ = self.seconds",
     ),
     Mutation(
         "plan: scores of other rows",
