@@ -17,15 +17,21 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
-SMALLEST = 4096  # bytes: the library ignores smaller blocks
+SMALLEST = 4096  # bytes that the library counts
+# oneDNN, which multiplies in bfloat16 on a CPU, keeps two descriptors of 258 kB per shape, each in
+# a cache of its own, however small the product is. A GPU has neither.
+NO_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
 
 
 def preloaded(folder: Path) -> dict[str, str]:
-    """Build the library into a folder; return the environment variables that preload it."""
+    """Build the library into a folder; return the variables of a process that counts.
+
+    They leave out what oneDNN keeps of each shape of a product in bfloat16.
+    """
     library = folder / "counted_memory.so"
     command = ["gcc", "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-ldl"]
     subprocess.run(command, check=True)
-    return {"LD_PRELOAD": str(library)}
+    return {"LD_PRELOAD": str(library), **NO_CACHES}
 
 
 class Peaks:
@@ -60,10 +66,13 @@ class Peaks:
 
     # `Any`: a method of any object.
     def watch(self, owner: Any, name: str, phase: str) -> None:
-        """Make the calls of a method a phase."""
-        inner: Callable[..., Any] = getattr(owner, name)
+        """Count calls of a method as a phase."""
+        setattr(owner, name, self.watched(getattr(owner, name), phase))
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(self, inner: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        """Return a function whose calls count as a phase."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
             self._pause()
             self._phases.append(phase)
             try:
@@ -72,7 +81,7 @@ class Peaks:
                 self._pause()
                 self._phases.pop()
 
-        setattr(owner, name, watched)
+        return call
 
     def _pause(self) -> None:
         """Write down the peak of the innermost phase since the last pause."""

@@ -65,6 +65,7 @@ class Scorer(nn.Module):
 
     Attributes:
         sharded: whether parameters are sharded over ranks; a call is then a collective.
+        computes: type that FSDP2 casts the weights to for a pass; None: they keep theirs.
         shares: whether equal rows run once, and equal prompts may; ``verify`` decides.
         sharing: decides by tokens or seconds whether a call runs equal prompts once.
         pads: whether rows of different lengths may be padded to one pass; ``verify`` decides.
@@ -87,6 +88,7 @@ class Scorer(nn.Module):
         self.swap = swap
         self.chunk_size = chunk_size
         self.sharded = False
+        self.computes: torch.dtype | None = None
         self.shares = False
         self.pads = True
         self.sharing = Sharing()
@@ -229,10 +231,8 @@ class Scorer(nn.Module):
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
     def _classes(self, host: Rows, merged: MergedRows | None) -> list[WidthClass]:
-        """Return the rows' passes; empty if all rows run in one.
-
-        A sharded model gathers its weights in each pass, so all ranks must run the same number.
-        """
+        """Return the rows' passes; empty if all rows run in one."""
+        # A sharded model gathers its weights in each pass, so all ranks must run the same number.
         if self.sharded and self.pads:
             return []
         lengths = lengths_of(host, merged).tolist()

@@ -93,7 +93,7 @@ class Sharding:
         wrap(scorer, mp_policy=replace(policy, cast_forward_inputs=False))
         for method in ("states", "alone", "head_gap", "chosen"):
             register_fsdp_forward_method(scorer, method)
-        scorer.sharded = True
+        scorer.sharded, scorer.computes = True, computes
         return scorer
 
 

@@ -54,6 +54,15 @@ def test_integers_in_a_file_are_no_weights_of_a_sharded_model(sharding, student_
         load_scorer(str(path), "auto", sharding, frozen=True)
 
 
+def test_a_sharded_student_that_computes_in_16_bits_keeps_the_fast_attention(
+    sharding, student_folder
+):
+    """Its weights are in 32 bits, but its scores have the rounding of 16."""
+    in_16_bits = Sharding(sharding.mesh, torch.bfloat16)
+    scorer = load_scorer(student_folder, "float32", in_16_bits)
+    assert scorer.model.config._attn_implementation == "sdpa" and scorer.pads
+
+
 def test_constants_of_a_sharded_model_are_moved_for_a_comparison_and_restored(sharding):
     model, batch = build("Qwen2ForCausalLM"), rollout()
     plain, spread = Scorer(model), shard(sharding, model)

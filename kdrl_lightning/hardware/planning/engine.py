@@ -94,9 +94,13 @@ def pushing(run: Rehearsal) -> dict[str, float]:
     parts: dict[str, float] = dict(run.held)
     if run.job.sampler.kind == "vllm":
         parts["engine"] = run.whole_copy(engine_itemsize(run))
-    parts |= {"engine's copy": copy_bytes(run)} if copies(run) else {}
-    parts["push buffers"] = run.push().peak
-    return parts
+        parts["push buffers"] = run.push(engine_type(run)).peak
+    elif run.job.sampler.kind == "elsewhere":
+        parts["push buffers"] = run.push(None).peak
+    elif copies(run):
+        parts["engine's copy"] = copy_bytes(run)
+        parts["push buffers"] = run.push(torch.bfloat16 if run.job.mixed else None).peak
+    return parts  # the transformers engine reads nothing if it samples from the student itself
 
 
 def rows_at_once(job: Job, config: Any, usable: float | None, held: float) -> int:
@@ -122,10 +126,16 @@ def engine_bytes(run: Rehearsal, memory: float | None) -> float:
     return sampler.share * memory
 
 
+def engine_type(run: Rehearsal) -> torch.dtype:
+    """Return the type of vLLM's weights and KV cache."""
+    auto = torch.bfloat16 if run.job.on_gpu else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known.get(run.job.sampler.dtype, auto)
+
+
 def engine_itemsize(run: Rehearsal) -> int:
     """Return the bytes of one number in vLLM's weights and KV cache."""
-    auto = 2 if run.job.on_gpu else 4
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(run.job.sampler.dtype, auto)
+    return engine_type(run).itemsize
 
 
 def cache_values(run: Rehearsal, tokens: int = 64) -> float:
@@ -166,15 +176,17 @@ def decode(run: Rehearsal, rows: int) -> Cost:
     mask = torch.ones(rows, width + 1, dtype=torch.long)
     attends = nullcontext() if job.on_gpu else shared_heads_in_place(model)
     with torch.no_grad(), run.computing(job.mixed), attends:
-        logits = model(
+        given = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        logits = logits.float()
-        # torch copies what it sums in another type; then each completion gets its row of the sums.
+        logits = given.float()
+        if job.rollout.temperature != 1.0:
+            logits = logits / job.rollout.temperature
+        # torch copies what it sums in another type; each completion then gets its row of the sums.
         shares = (logits - logits.amax(-1, keepdim=True)).exp()
         wide = shares.double()
         edges = wide.cumsum(-1)

@@ -105,6 +105,11 @@ class Job:
         return self.precision == "bf16-mixed"
 
     @property
+    def exact(self) -> bool:
+        """Whether the engine's log-probabilities are the trainer's, see ``RolloutEngine.exact``."""
+        return self.sampler.kind == "transformers" and not self.mixed
+
+    @property
     def group(self) -> int:
         """Completions per prompt."""
         return self.rollout.group_size + self.others
@@ -122,12 +127,15 @@ class Job:
 
     @property
     def largest_micro_batch(self) -> int:
-        """Tokens of the largest micro-batch: the configured limit, but at least one full row.
+        """Tokens of the largest micro-batch, with prompts and completions of the full length.
 
-        Without a limit, we assume that every prompt and completion has the full length.
+        It is the configured limit, but at least one row, and at most what a step has if every other
+        micro-batch has one completion. Without a limit, micro-batches have equal numbers of rows.
         """
-        worst = -(-self.rows // self.accumulate) * self.longest
-        return max(self.longest, self.rollout.max_tokens_per_micro_batch or worst)
+        if self.rollout.max_tokens_per_micro_batch is None:
+            return -(-self.rows // self.accumulate) * self.longest
+        most = (self.rows - self.accumulate + 1) * self.longest
+        return max(self.longest, min(most, self.rollout.max_tokens_per_micro_batch))
 
     @property
     def typical(self) -> int:

@@ -32,6 +32,8 @@ CONTEXT = 1.2e9
 # Assumed fragmentation of torch's allocator, as a part of the tensors.
 GAPS = 0.04
 MOST_CHANGES = 4
+# oneDNN caches 1,024 descriptors of 258 kB each, one per shape of a matrix product, in two places.
+DESCRIPTORS = "oneDNN, which multiplies in bfloat16 on a CPU, caches up to 0.5 GB more"
 # Numbers of layers with which we count a deep student.
 DEPTHS = 2, 4
 
@@ -255,17 +257,20 @@ def _step(run: Rehearsal, waiting: dict[str, float]) -> Phase:
 
 def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[Phase, Phase]:
     """Return the phases that depend on the size of a micro-batch."""
-    costs = run.score(tokens)
-    name, cost = max(costs.items(), key=lambda item: item[1].peak)
-    sharded = run.student.sharded
-    offloaded = run.away if name == "teacher" and not sharded else 0
+    away = 0 if run.student.sharded else run.away
+    # The student scores first, before weights that wait in the host's memory are on the card.
+    offloaded, peak = max(
+        ((0 if name == "student" else away, cost.peak) for name, cost in run.score(tokens).items()),
+        key=sum,
+        default=(0, 0),
+    )
     fetched: dict[str, float] = {"next layer": run.next_layer()}
     score: dict[str, float] = {
         **run.held,
         **waiting,
         **fetched,
         "offloaded teacher": offloaded,
-        "workspace": cost.peak,
+        "workspace": peak,
     }
     update = run.update(tokens)
     parts = {
@@ -273,7 +278,7 @@ def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[
         **waiting,
         **fetched,
         # A teacher that the updates read stays on the card.
-        "offloaded teacher": run.away if run.module.objective.divergence and not sharded else 0,
+        "offloaded teacher": away if run.module.objective.divergence else 0,
         "gradients": run.held["gradients"] + update.whole,
         "activations": update.kept,
         "workspace": max(0, update.peak - update.kept) + run.second_table(),
@@ -371,6 +376,8 @@ def _notes(module: KDRLModule, job: Job) -> list[str]:
     notes += [text for text in (assumed, own.note if own else "") if text]
     if job.on_gpu:
         notes.append(f"{CONTEXT / 1e9:g} GB of a card and {GAPS:.0%} of the tensors are set aside")
+    if job.mixed and not job.on_gpu:
+        notes.append(DESCRIPTORS)
     if job.rollout.max_tokens_per_micro_batch is None and job.accumulate > 1:
         notes.append(
             "without `max_tokens_per_micro_batch`, short completions batched with long ones can "

@@ -121,7 +121,7 @@ class Rehearsal:
             unit.set_requires_gradient_sync(True, recurse=False)
 
     def _small_backward(self) -> None:
-        small = self.filled(make_batch(*WARM_UP, self.job.group, self.rows_of_ids))
+        small = self.filled(self._made(*WARM_UP))
         with self.computing():
             out = self.module.training_step(small, 0)
         out["loss"].backward()
@@ -139,9 +139,14 @@ class Rehearsal:
         return [p for p in self.student.parameters() if p.requires_grad]
 
     def score(self, tokens: int) -> dict[str, Cost]:
-        """Return the cost of scoring without gradient at the start of a rollout, by model."""
+        """Return the cost of scoring without gradient at the start of a rollout, by model.
+
+        A model that only scores during updates is left out.
+        """
         batch = self._batch(tokens)
-        return self._score(batch, self._largest_read(batch, tokens), self._joined(batch, None))
+        shares = self.shares(batch)
+        costs = self._score(batch, self._largest_read(batch, tokens), self._joined(batch, None))
+        return {name: cost for name, cost in costs.items() if shares[name]}
 
     def _score(
         self, batch: RolloutBatch, reads: RolloutBatch, other: RolloutBatch
@@ -204,26 +209,31 @@ class Rehearsal:
         if rows == len(batch):
             return batch
         prompt, completion = int(batch.prompt_lengths.max()), batch.completion_ids.shape[1]
-        wide = make_batch(rows, prompt, completion, self.job.group, self.rows_of_ids)
+        wide = self._made(rows, prompt, completion)
         return wide if own is None else self.taught(wide)
 
     def typical(self) -> Typical:
         """Count the operations of completions of mean length, in a micro-batch of usual size."""
-        job, settings = self.job, self.job.rollout
+        job = self.job
         length = job.longest_prompt // 2 + job.typical
         rows = max(1, min(job.rows, job.largest_micro_batch // length))
-        shape = rows, max(1, job.longest_prompt // 2), job.typical
-        batch = make_batch(*shape, job.group, self.rows_of_ids)
-        scored = self.filled(batch)
-        early = settings.minibatches_per_rollout - 1
-        if settings.epochs_per_rollout > 1 or self.module.objective.reads_old_scores(scored):
-            early += 1
-        shares = {"student": early / settings.minibatches_per_rollout, "teacher": 1.0}
-        if self.module.objective.divergence is not None:
-            shares["teacher"] = 0.0  # it runs in the updates
-        costs = self._score(batch, self.taught(batch), batch)
-        score = sum(cost.flops * shares.get(name, 1.0) for name, cost in costs.items())
-        return Typical(rows, score, self.trained_flops(scored))
+        batch = self._made(rows, max(1, job.longest_prompt // 2), job.typical)
+        costs, shares = self._score(batch, self.taught(batch), batch), self.shares(batch)
+        score = sum(cost.flops * shares[name] for name, cost in costs.items())
+        return Typical(rows, score, self.trained_flops(self.filled(batch)))
+
+    def shares(self, batch: RolloutBatch) -> dict[str, float]:
+        """Return the part of a rollout that each model scores before the updates.
+
+        See ``RolloutSource._waits``: the updates give the other scores.
+        """
+        settings, objective = self.job.rollout, self.module.objective
+        once = settings.epochs_per_rollout == 1
+        waits = once and not objective.reads_old_scores(batch)
+        runs_teacher = once and objective.divergence is not None
+        teacher = 1.0 - (runs_teacher and not objective.reads_teacher_scores(batch))
+        student = 1.0 - waits / settings.minibatches_per_rollout
+        return {"student": student, "teacher": teacher, "reference": 1.0}
 
     def step(self) -> Cost:
         """Check, clip and apply gradients."""
@@ -239,10 +249,10 @@ class Rehearsal:
         self.optimizer.zero_grad()
         return Cost(peak)
 
-    def push(self) -> Cost:
-        """Read the student's weights as an engine takes them, one at a time."""
+    def push(self, dtype: torch.dtype | None) -> Cost:
+        """Read the student's weights as an engine of a type takes them, one at a time."""
         before = self.meter.restart()
-        for _ in ModelWeights(self.student.model, "").named_tensors():
+        for _ in ModelWeights(self.student.model, "").named_tensors(dtype):
             pass
         return Cost(self.meter.peak - before)
 
@@ -304,7 +314,11 @@ class Rehearsal:
         rows = max(1, tokens // job.longest)
         longest = tokens // rows
         prompt = min(job.longest_prompt, longest - 1)
-        return make_batch(rows, prompt, longest - prompt, job.group, self.rows_of_ids)
+        return self._made(rows, prompt, longest - prompt)
+
+    def _made(self, rows: int, prompt: int, completion: int) -> RolloutBatch:
+        made = make_batch(rows, prompt, completion, self.job.group, self.rows_of_ids)
+        return made.replace(engine_exact=self.job.exact)
 
     @property
     def rows_of_ids(self) -> int:
@@ -358,7 +372,7 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     def frozen(teacher: LocalTeacher) -> Scorer:
         before = meter.bytes
         scorer = frozen_scorer(teacher, job, sharding)
-        if teacher.offload:
+        if teacher.offload and job.on_gpu:  # else it waits where everything else is
             away.append(meter.bytes - before)
         return scorer
 

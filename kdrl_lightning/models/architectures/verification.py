@@ -37,6 +37,7 @@ class Verified(Protocol):
     model: HFModel
     vocab_size: int | None
     sharded: bool
+    computes: torch.dtype | None
     shares: bool
     pads: bool
     at_head: bool
@@ -164,8 +165,9 @@ def largest_gap(
 
 
 def _kind(scorer: Verified) -> torch.dtype:
+    """Return the type that the scorer computes in, whose rounding its scores have."""
     kind: torch.dtype = scorer.head().weight.dtype
-    return kind
+    return scorer.computes or kind
 
 
 def _ignores_features(scorer: Verified, row: Tensor, reference: Tensor) -> bool:

@@ -32,9 +32,10 @@ from kdrl_lightning import (
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.hardware.planning.cards import CARDS
+from kdrl_lightning.hardware.planning.engine import pushing
 from kdrl_lightning.hardware.planning.job import Job, Sampler, sampler_of
 from kdrl_lightning.hardware.planning.meter import Meter
-from kdrl_lightning.hardware.planning.planner import Phase, Plan, next_change, plan
+from kdrl_lightning.hardware.planning.planner import Phase, Plan, _notes, next_change, plan
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.report import verdict
 from kdrl_lightning.objectives import Objective
@@ -157,6 +158,40 @@ def test_the_transformers_engine_fills_half_of_what_is_free_on_a_card(config: st
     assert cached(plan(module, fixed, 1.222e9, cure=False)) < cache / 10
     more = replace(card, sampler=Sampler(max_cached_tokens=80 * 32_768))
     assert plan(module, more, 1.222e9, cure=False).phases[0].total > usable
+
+
+def test_what_a_cpu_keeps_of_products_in_16_bits_is_said(config: str) -> None:
+    for settings, said in (
+        (job(config, precision="bf16-mixed"), 1),
+        (job(config), 0),
+        (job(config, precision="bf16-mixed", on_gpu=True), 0),
+    ):
+        notes = _notes(KDRLModule("small", GRPO()), settings)
+        assert sum("oneDNN" in note for note in notes) == said
+
+
+def test_a_micro_batch_has_at_most_the_completions_of_a_step() -> None:
+    """Every other micro-batch of the step has at least one of them."""
+    rollout = RolloutSettings(8, 4, 60, max_tokens_per_micro_batch=100_000)
+    card = Job(rollout, accumulate=3, longest_prompt=20)
+    assert card.largest_micro_batch == (32 - 2) * 80
+    small = replace(rollout, max_tokens_per_micro_batch=900)
+    assert replace(card, rollout=small).largest_micro_batch == 900
+    unlimited = replace(rollout, max_tokens_per_micro_batch=None)
+    assert replace(card, rollout=unlimited).largest_micro_batch == 11 * 80
+
+
+def test_weights_travel_in_the_type_of_the_engine_that_takes_them(tmp_path: Path) -> None:
+    rows = 1 << 15  # the only weight that is large enough to be narrowed is the table of tokens
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SMALL | {"vocab_size": rows, "tie_word_embeddings": True}))
+    mixed = job(str(file), precision="bf16-mixed")
+    with rehearse(KDRLModule("small", GRPO()), mixed) as run:
+        assert pushing(run)["push buffers"] == 2 * rows * 64
+        run.job = replace(mixed, sampler=Sampler("vllm", dtype="float16"))
+        assert pushing(run)["push buffers"] == 2 * rows * 64
+        run.job = replace(mixed, precision="32-true")  # it samples from the student itself
+        assert "push buffers" not in pushing(run)
 
 
 def test_the_largest_micro_batch_is_the_largest_that_fits_and_the_cure(config: str) -> None:

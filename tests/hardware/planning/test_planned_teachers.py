@@ -34,7 +34,8 @@ from kdrl_lightning import (
 from kdrl_lightning.engines.vllm.room import needed_bytes
 from kdrl_lightning.hardware.planning.engine import engine_bytes
 from kdrl_lightning.hardware.planning.job import Job, Sampler
-from kdrl_lightning.hardware.planning.planner import Counted, at_full_depth, plan
+from kdrl_lightning.hardware.planning.meter import Cost
+from kdrl_lightning.hardware.planning.planner import Counted, _of_tokens, at_full_depth, plan
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.seconds import work_of
 from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
@@ -111,10 +112,45 @@ def test_a_configured_reference_is_planned_instead_of_the_first_student(job: Job
 
 
 def test_an_offloaded_teacher_that_updates_read_stays_on_the_card(job: Job) -> None:
+    card = replace(job, on_gpu=True)
     for objective, stays in ((KDRL(), False), (WHOLE, True)):
-        made = plan(KDRLModule("small", objective, LocalTeacher("wide", offload=True)), job)
+        made = plan(KDRLModule("small", objective, LocalTeacher("wide", offload=True)), card)
         parts = made.phases[2].parts
         assert ("offloaded teacher" in parts) is stays and not parts.get("teacher")
+
+
+def test_an_offloaded_teacher_waits_where_everything_is_on_a_cpu(job: Job) -> None:
+    held = []
+    for offload in (False, True):
+        with rehearse(KDRLModule("small", KDRL(), LocalTeacher("wide", offload=offload)), job) as r:
+            held.append((r.held["teacher"], r.away))
+    assert held[0] == held[1] and held[0][0] > 0
+
+
+def test_scoring_with_an_offloaded_teacher_is_its_weights_with_its_pass(job: Job) -> None:
+    with rehearse(
+        KDRLModule("small", KDRL(), LocalTeacher("wide", offload=True)), replace(job, on_gpu=True)
+    ) as run:
+        costs = {"student": Cost(run.away + 7), "teacher": Cost(8)}
+        run.score = lambda tokens: costs  # type: ignore[method-assign]
+        parts = _of_tokens(run, job.longest, {})[0].parts
+    assert (parts["offloaded teacher"], parts["workspace"]) == (run.away, 8)
+
+
+def test_models_whose_scores_the_updates_give_do_not_score_before(job: Job) -> None:
+    vllm, twice = Sampler("vllm"), replace(job.rollout, epochs_per_rollout=2)
+    with rehearse(KDRLModule("small", KDRL(), LocalTeacher("small")), job) as run:
+        for settings, objective, shares in (
+            (job, KDRL(), (0, 1)),
+            (job, WHOLE, (0, 0)),
+            (replace(job, sampler=vllm), KDRL(), (1, 1)),  # its scores are not exact
+            (replace(job, rollout=twice), WHOLE, (1, 1)),
+        ):
+            run.job, run.module.objective = settings, objective
+            found = run.shares(run._batch(job.longest))
+            assert (found["student"], found["teacher"]) == shares
+        run.job = job
+        assert set(run.score(job.longest)) == {"reference"}
 
 
 def length(prompt: TeacherPrompt, job: Job, **changes: Any) -> tuple[int, bool, str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from helpers.allocated import allocated
 from helpers.engines import engine_for
+from helpers.planned_models import SMALL
 from kdrl_lightning import GRPO, KDRLModule, RolloutSettings
 from kdrl_lightning.engines import Sampling, transformers_engine
 from kdrl_lightning.hardware.planning.engine import decode
@@ -45,3 +49,16 @@ def test_rows_that_leave_near_the_end_are_planned(
     seeds = [list(range(GROUP)) for _ in prompts]
     found = allocated(lambda: engine.generate(prompts, seeds, Sampling(tokens)))
     assert planned == pytest.approx(found, rel=0.1)
+
+
+def test_a_temperature_takes_a_table_of_logits(tmp_path: Path) -> None:
+    file, rows, vocabulary = tmp_path / "config.json", 64, 1 << 14
+    file.write_text(json.dumps(SMALL | {"vocab_size": vocabulary}))
+    plain = Job(on_gpu=False, longest_prompt=PROMPT, model_configs={"small": str(file)})
+    peaks = []
+    with rehearse(KDRLModule("small", GRPO()), plain) as run:
+        for temperature in (1.0, 0.7):
+            rollout = RolloutSettings(max_tokens=33, temperature=temperature)
+            run.job = replace(plain, rollout=rollout)
+            peaks.append(decode(run, rows).peak)
+    assert peaks[1] - peaks[0] == 4 * rows * vocabulary
