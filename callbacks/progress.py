@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
+from kdrl_lightning.metrics.step_log import numbers
 from kdrl_lightning.trainer.protocols import rollout_data
 
 SHOWN = {
@@ -68,8 +69,8 @@ class RolloutProgress(RolloutCallback):
             return
         done = trainer.global_step / self._per
         if done > self._bar.n:
-            metrics = trainer.callback_metrics
-            shown = {SHOWN[k]: f"{float(metrics[k]):.3g}" for k in SHOWN if k in metrics}
+            metrics = numbers(trainer.callback_metrics, SHOWN)
+            shown = {SHOWN[name]: f"{value:.3g}" for name, value in metrics.items()}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(done - self._bar.n)
 

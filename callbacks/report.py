@@ -18,6 +18,7 @@ from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import State, Tree
 from kdrl_lightning.errors import Interrupted
+from kdrl_lightning.metrics.step_log import numbers
 from kdrl_lightning.models.loading import check_saves
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.trainer.checks.limits import nothing_trained
@@ -154,8 +155,7 @@ class RunReport(RolloutCallback):
         if not self._checked:
             self._checked = True
             check_logged(trainer, trained(pl_module).logged_names)
-        metrics = trainer.callback_metrics
-        self._latest |= {name: float(metrics[name]) for name in CURVES if name in metrics}
+        self._latest |= numbers(trainer.callback_metrics, CURVES)
 
     def on_rollout_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int

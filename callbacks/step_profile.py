@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.errors import require_count
+from kdrl_lightning.metrics.step_log import numbers
 from kdrl_lightning.trainer.protocols import trained
 
 
@@ -71,8 +72,9 @@ class StepProfile(RolloutCallback):
             torch.cuda.synchronize(device)
         ended = time.perf_counter()
         running.__exit__(None, None, None)
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        phases = {n[5:-2]: v for n, v in metrics.items() if n.startswith("time/")}
+        metrics = trainer.callback_metrics
+        times = numbers(metrics, [name for name in metrics if name.startswith("time/")])
+        phases = {name[5:-2]: value for name, value in times.items()}
         if self._began is not None:
             phases["updates"] = ended - self._began
         seconds = [f"{name} {value:.3g} s" for name, value in phases.items()]

@@ -22,6 +22,7 @@ from kdrl_lightning.metrics.completion_texts import (
     repeated_frac,
 )
 from kdrl_lightning.metrics.health_signs import SIGNS, falling_pass
+from kdrl_lightning.metrics.step_log import numbers
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT
@@ -187,8 +188,7 @@ class TeacherHealth(RolloutCallback):
     def _judge(self, trainer: pl.Trainer) -> None:
         if not self._texts:
             return
-        metrics = trainer.callback_metrics
-        known = {name: float(metrics[name]) for name in WATCHED if name in metrics}
+        known = numbers(trainer.callback_metrics, WATCHED)
         self.rows.append({**known, **self._texts})
         self._texts = {}
         for name, sign in SIGNS.items():

@@ -125,11 +125,12 @@ class WeightSyncCheck(RolloutCallback):
             return
         fresh = (batch.source == STUDENT) & (batch.policy_version == trainer.global_step)
         compared = batch.completion_mask & fresh[:, None]
-        if not compared.any():
-            return
         gap = (batch.rollout_logprobs - batch.old_logprobs).abs().masked_fill(~compared, 0.0)
-        mean = float(gap.sum() / compared.sum())
-        values = {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": float(gap.max())}
+        sums = compared.sum(), gap.sum() / compared.sum(), gap.max()
+        tokens, mean, largest = torch.stack([value.double() for value in sums]).tolist()
+        if not tokens:
+            return
+        values = {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": largest}
         pl_module.log_step(values)
         data = rollout_data(trainer)
         dtype = None if data is None else data.rollout_engine.dtype

@@ -35,7 +35,7 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import load_scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.objectives.base import Objective, known
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.frozen import (
     FrozenModels,
@@ -381,7 +381,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """Return a tensor reduced over ranks by ``sum`` or ``max``."""
-        reduced = self.trainer.strategy.reduce(value.to(self.device), reduce_op=operation)
+        reduced = self.trainer.strategy.reduce(upload(value, self.device), reduce_op=operation)
         assert isinstance(reduced, Tensor)
         return reduced
 

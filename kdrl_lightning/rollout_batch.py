@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from kdrl_lightning.common.layout import LAYOUT_FIELDS, Layout
 
 STUDENT, TEACHER = 0, 1
 
@@ -186,20 +188,24 @@ class RolloutBatch:
         return self.prompt_lengths + self.completion_lengths
 
     @cached_property
-    def _sizes(self) -> list[list[int]]:
-        """Tokens of each row, of its completion, and of the teacher's own prompt.
+    def layout(self) -> Layout:
+        """Tokens and lengths on the CPU; a batch that came from the CPU needs no wait for a GPU."""
+        return Layout(**{name: getattr(self, name) for name in LAYOUT_FIELDS}).on_cpu()
 
-        Reading them makes the host wait for a GPU, so we read all rows at once.
-        """
-        prompts = self.teacher_prompt_ids
-        prompts = torch.zeros_like(self.lengths) if prompts is None else (prompts >= 0).sum(1)
-        sizes = torch.stack([self.lengths, self.completion_lengths, prompts], 1)
-        return cast("list[list[int]]", sizes.tolist())
+    def with_layout(self, layout: Layout) -> RolloutBatch:
+        """Return a copy that takes this for its layout; on a CPU its own tables are the layout."""
+        made = replace(self)
+        if made.input_ids.device.type != "cpu":
+            vars(made)["layout"] = layout
+        return made
 
     # `Any`: fields have many types, and `dataclasses.replace` takes them as `Any`.
     def replace(self, **changes: Any) -> RolloutBatch:
         """Return a copy with the given fields changed."""
-        return replace(self, **changes)
+        made = replace(self, **changes)
+        if self.input_ids.device.type != "cpu" and not LAYOUT_FIELDS & changes.keys():
+            vars(made).update({n: v for n, v in vars(self).items() if n == "layout"})
+        return made
 
     def completed(self, found: Mapping[str, Tensor | None]) -> RolloutBatch:
         """Return a copy in which ``found`` fills the fields that are None; others stay.
@@ -211,7 +217,8 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """Return a copy with its tensors on ``device``."""
-        return self._map(lambda t: upload(t, torch.device(device)))
+        moved = self._map(lambda t: upload(t, torch.device(device)))
+        return moved.with_layout(self.layout) if self.input_ids.device.type == "cpu" else moved
 
     def select(self, rows: Tensor | Sequence[int]) -> RolloutBatch:
         """Return the given rows, trimmed to the longest row and completion among them.
@@ -223,7 +230,7 @@ class RolloutBatch:
         picked = self._map(lambda t: t[places])
         if not len(picked):
             return picked
-        sizes = self._sizes
+        sizes = self.layout.sizes
         width, tokens, longest = (max(sizes[r][i] for r in index.tolist()) for i in range(3))
         tokens = max(tokens, 1)
         cut = {"input_ids": picked.input_ids[:, :width]}
@@ -233,7 +240,8 @@ class RolloutBatch:
             value = getattr(picked, item.name)
             if isinstance(value, Tensor) and value.dim() >= 2 and item.name not in cut:
                 cut[item.name] = value[:, :tokens]
-        return replace(picked, **cut)  # type: ignore[arg-type]
+        layout = self.layout.select(index, width, tokens, longest)
+        return replace(picked, **cut).with_layout(layout)  # type: ignore[arg-type]
 
     def without_flat_groups(self) -> RolloutBatch:
         """Return a copy in which groups with equal rewards are left out of the loss."""
@@ -274,7 +282,9 @@ class RolloutBatch:
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; the host does not wait for a copy from CPU to GPU."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        # Fake tensors, and those of a simulated GPU, cannot be pinned.
+        pins = type(tensor) is Tensor and torch.cuda.is_available()
+        return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
     return tensor.to(device)
 
 

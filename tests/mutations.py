@@ -112,6 +112,7 @@ MERGING = "models/passes/shared_prompts.py", "models/passes/test_shared_prompts.
 SHARED = "models/prompt_cache.py", "models/passes/test_shared_prompts.py"
 CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
 PLAN = "rollout/updates/plan.py", "rollout/test_updates.py"
+ON_A_CARD = "runs/test_waits_for_a_card.py"
 PLAN_SCORES = "rollout/updates/scoring.py", "rollout/test_updates.py"
 SCORING = "models/scorer.py", "models/passes/test_shared_prompts.py"
 ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
@@ -1473,8 +1474,8 @@ MUTATIONS = [
     Mutation(
         "own prompt: the student's length",
         AS_READ,
-        "input_ids=ids, prompt_lengths=lengths,",
-        "input_ids=ids,",
+        "made = batch.replace(input_ids=ids, prompt_lengths=lengths,",
+        "made = batch.replace(input_ids=ids,",
     ),
     Mutation(
         "own prompt: too long, and a context all the same",
@@ -1485,7 +1486,7 @@ MUTATIONS = [
     Mutation(
         "own prompt: a cache does not tell contexts apart",
         OWN_KEYS,
-        "if batch.teacher_prompt_ids is not None:",
+        "if prompts is not None:",
         "if False:",
     ),
     Mutation(
@@ -1828,7 +1829,10 @@ MUTATIONS = [
         "whole",
     ),
     Mutation(
-        "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
+        "merging: the completion's length is no difference",
+        MERGING,
+        "prompt_lengths + mask.sum(1)",
+        "prompt_lengths + mask.shape[1]",
     ),
     Mutation(
         "merging: another row's length",
@@ -1899,10 +1903,40 @@ MUTATIONS = [
         "later",
     ),
     Mutation(
+        "layout: kept although the tokens changed",
+        ("rollout_batch.py", ON_A_CARD),
+        "and not LAYOUT_FIELDS & changes.keys()",
+        "",
+    ),
+    Mutation(
+        "layout: lengths of other rows",
+        ("common/layout.py", ON_A_CARD),
+        "self.prompt_lengths[rows],",
+        "self.prompt_lengths[: len(rows)],",
+    ),
+    Mutation(
+        "layout: parts read the card again",
+        ("rollout_batch.py", ON_A_CARD),
+        ".with_layout(layout)  # type",
+        "  # type",
+    ),
+    Mutation(
+        "scorer: any id has a row",
+        ("models/scorer.py", "teachers/test_tokenizers.py"),
+        "if self.refuse is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "clock: a pass on a GPU is read at once",
+        ("common/clock.py", "common/test_clock.py"),
+        "self._marks.append((began, ended))",
+        "self._marks.append((began, ended)); _ = self.seconds",
+    ),
+    Mutation(
         "plan: scores of other rows",
         PLAN_SCORES,
-        "torch.tensor(rows,",
-        "torch.tensor(sorted(rows),",
+        "torch.tensor(rows)",
+        "torch.tensor(sorted(rows))",
     ),
     Mutation("step log: a step late", STEP_LOG, "trainer.global_step - 1", "trainer.global_step"),
     Mutation("step log: each step", STEP_LOG, "trainer.global_step % every == 0", "True"),
@@ -2019,8 +2053,8 @@ MUTATIONS = [
     Mutation(
         "rows by length: one length for all",
         SCORED,
-        "self._pass(input_ids[g, :",
-        "self._pass(input_ids[g, 1:",
+        "self._pass(input_ids[g, : c",
+        "self._pass(input_ids[g, 1: c",
     ),
     Mutation(
         "sampling: recurrent states stay",
@@ -2772,8 +2806,8 @@ MUTATIONS = [
     Mutation(
         "passes: ranks of a sharded model differ in their number",
         ("models/scorer.py", "models/passes/test_width_classes.py"),
-        "if self.sharded or not self.pads:",
-        "if not self.pads:",
+        "if self.sharded and self.pads:",
+        "if False:",
     ),
     Mutation(
         "fast path: NaN is near",

@@ -74,8 +74,11 @@ class Head:
         """Return ``[..., V]`` logits with the two ids of ``swap`` exchanged."""
         if self.swap is None:
             return logits
-        there, back = list(self.swap), list(reversed(self.swap))
-        return logits.index_copy(-1, logits.new_tensor(there, dtype=torch.long), logits[..., back])
+        low, high = sorted(self.swap)
+        # With slices, unlike with a list of ids, the host does not wait for a GPU.
+        first, second = logits[..., low : low + 1], logits[..., high : high + 1]
+        between, after = logits[..., low + 1 : high], logits[..., high + 1 :]
+        return torch.cat([logits[..., :low], second, between, first, after], -1)
 
     def renamed(self, ids: Tensor) -> Tensor:
         """Return the ids with the two of ``swap`` exchanged: the rows that score these ids."""

@@ -7,7 +7,7 @@ step, and that call took a tenth of the time of the embedded task (docs/speed.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -144,6 +144,17 @@ class StepLog:
         """
         restored, self._restored = self._restored, {}
         self.add(trainer, {**restored, **self._values})
+
+
+def numbers(metrics: Mapping[str, Tensor | float], names: Iterable[str]) -> dict[str, float]:
+    """Return the values of those ``names`` that are in ``metrics``; a GPU is read once."""
+    found = {name: torch.as_tensor(metrics[name]) for name in names if name in metrics}
+    out: dict[str, float] = {}
+    for device in {value.device for value in found.values()}:
+        here = {name: value for name, value in found.items() if value.device == device}
+        row = torch.stack([value.detach().double() for value in here.values()])
+        out |= dict(zip(here, row.tolist(), strict=True))
+    return {name: out[name] for name in found}
 
 
 def ends_rollout(trainer: LoggedRun) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.common.layout import Layout, Rows
 from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
@@ -34,6 +35,8 @@ from kdrl_lightning.models.passes.shared_prompts import (
     Sharing,
     WidthClass,
     cuda_clock,
+    length_classes,
+    lengths_of,
     merge_rows,
     on_host,
     places_of,
@@ -69,6 +72,7 @@ class Scorer(nn.Module):
         unreached: trainable parameters that get no gradient from short rows.
         at_head: whether to take the head's input instead of the decoder's output as hidden states;
             ``verify`` decides.
+        refuse: raises for a batch's highest id if the model has no row for it; None: all have one.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Scorer(nn.Module):
         self.sharing = Sharing()
         self.unreached: list[str] = []
         self.at_head = decoder_of(model) is None
+        self.refuse: Callable[[int], None] | None = None
         decide_per_row(model)
         keep_precision(model)
         self._switches = [length for length, _ in switch_lengths(model)]
@@ -126,6 +131,7 @@ class Scorer(nn.Module):
         other: Other | None = None,
         divergence: Divergence | None = None,
         loss: Loss | None = None,
+        layout: Layout | None = None,
     ) -> TokenScores:
         """Score the completions.
 
@@ -140,20 +146,21 @@ class Scorer(nn.Module):
             other: another model's states at the same tokens, see ``states``.
             divergence: computes the divergence from that model, over the full vocabulary.
             loss: the loss that you will compute from the scores, see ``token_scores``.
+            layout: the same rows on the CPU; None: read them, for which the host waits for a GPU.
 
         Returns:
             Scores ``[B, T]``, 0 after each completion's end.
         """
         call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
-        host = on_host(*call)
+        host = self._checked(on_host(*call) if layout is None else layout.rows)
         merged = self._merged(*host)
         # Only these two can give equal rows different scores.
         apart = topk_ids is not None or (other is not None and other.per_row)
         once = merged is not None and not apart
         rows, columns, states, among = places_of(host[2], merged, once, device)
-        classes = self._classes(host, merged)
+        passes = lengths_of(host, merged), self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call, merged, states, columns, classes)
+        hidden = self._hidden(*call[:2], merged, states, columns, *passes)
         of = merged.of if merged is not None and once else None
         if merged is not None and once:
             completion_ids = completion_ids[merged.first]
@@ -180,6 +187,12 @@ class Scorer(nn.Module):
         )
         return scores.map(spread)
 
+    def _checked(self, host: Rows) -> Rows:
+        """Return ids, prompt lengths and mask, which are on the CPU; refuse ids without a row."""
+        if self.refuse is not None:
+            self.refuse(int(host[0].max()))
+        return host
+
     def _merged(self, ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows | None:
         """Return the batch's distinct rows and prompts, or None if every row runs in full.
 
@@ -194,53 +207,50 @@ class Scorer(nn.Module):
         self,
         input_ids: Tensor,
         prompt_lengths: Tensor,
-        mask: Tensor,
         merged: MergedRows | None,
         rows: Tensor,
         columns: Tensor,
+        lengths: Tensor,
         classes: Sequence[WidthClass],
     ) -> Tensor:
         """Return ``[N, H]``: the hidden states that predict completion tokens ``columns`` of rows.
 
-        ``rows`` and the passes ``classes`` index the rows of ``merged``, unless it is None.
+        ``rows``, ``lengths`` (on the CPU) and the passes ``classes`` are of the rows of ``merged``,
+        unless it is None.
         """
         if merged is not None:
-            input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
+            input_ids, prompt_lengths = merged.input_ids, merged.prompt_lengths
             from kdrl_lightning.models.prompt_cache import shared_states
 
             once = partial(shared_states, decoder_of(self.model), merged)
-            each = partial(self._row_states, input_ids, prompt_lengths + mask.sum(1), classes)
+            each = partial(self._row_states, input_ids, lengths, classes)
             tokens = sum(c.tokens for c in classes) or input_ids.numel()
             if self._pays(merged, tokens, once, each):
                 return once()[rows, columns]
-        hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1), classes)
+        hidden = self._row_states(input_ids, lengths, classes)
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
-    def _classes(
-        self, host: tuple[Tensor, Tensor, Tensor], merged: MergedRows | None
-    ) -> list[WidthClass]:
-        """Return the rows' passes; empty if all rows run in one, or each length in its own.
-
-        A sharded model gathers its weights in each pass, so all ranks must run the same number.
-        """
-        if self.sharded or not self.pads:
+    def _classes(self, host: Rows, merged: MergedRows | None) -> list[WidthClass]:
+        """Return the rows' passes; empty if all rows run in one."""
+        # A sharded model gathers its weights in each pass, so all ranks must run the same number.
+        if self.sharded and self.pads:
             return []
-        prompts, mask = host[1:] if merged is None else (merged.prompt_lengths, merged.mask)
-        return width_classes((prompts + mask.sum(1)).tolist())
+        lengths = lengths_of(host, merged).tolist()
+        return width_classes(lengths) if self.pads else length_classes(lengths)
 
     def _row_states(
         self, input_ids: Tensor, lengths: Tensor, classes: Sequence[WidthClass] = ()
     ) -> Tensor:
-        """Return the states ``[B, S, H]`` of rows that end at ``lengths``."""
+        """Return the states ``[B, S, H]`` of rows that end at ``lengths``, which are on the CPU."""
         if len(input_ids) == 1 or (self.pads and len(classes) < 2):
             return self._pass(input_ids, lengths)
-        device = input_ids.device
-        groups = [(upload(torch.tensor(c.rows), device), c.width) for c in classes] or [
-            ((lengths == n).nonzero().squeeze(1), n) for n in lengths.unique().tolist()
+        groups = [upload(torch.tensor(c.rows), input_ids.device) for c in classes]
+        states = [
+            self._pass(input_ids[g, : c.width], lengths[c.rows])
+            for g, c in zip(groups, classes, strict=True)
         ]
-        states = [self._pass(input_ids[g, :width], lengths[g]) for g, width in groups]
         whole = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
-        for (group, _), part in zip(groups, states, strict=True):
+        for group, part in zip(groups, states, strict=True):
             column = torch.arange(part.shape[1], device=group.device)
             whole = whole.index_put((group[:, None], column), part)
         return whole
@@ -274,13 +284,13 @@ class Scorer(nn.Module):
         gathered, so we copy it: ``V * H`` values on every rank for the length of a micro-batch,
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
-        call = batch.input_ids, batch.prompt_lengths, batch.completion_mask
-        host, device = on_host(*call), batch.input_ids.device
+        call = batch.input_ids, batch.prompt_lengths
+        host, device = self._checked(batch.layout.rows), batch.input_ids.device
         merged = self._merged(*host)
         places = places_of(host[2], merged, False, device)
-        classes = self._classes(host, merged)
+        passes = lengths_of(host, merged), self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call, merged, places.states, places.columns, classes)
+        hidden = self._hidden(*call, merged, places.states, places.columns, *passes)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(
@@ -309,6 +319,7 @@ class Scorer(nn.Module):
             other,
             divergence,
             loss,
+            batch.layout,
         )
         return TokenScores(*scores)
 
@@ -372,7 +383,7 @@ class Scorer(nn.Module):
             exact = self._alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
         finally:
             handle.remove()
-        states = self._row_states(ids[None], torch.tensor([len(ids)], device=ids.device))[0, :-1]
+        states = self._row_states(ids[None], torch.tensor([len(ids)]))[0, :-1]
         ours = token_scores(states * (factor if called else 1.0), self.head(), ids[1:])
         return float((ours.logprobs - exact).abs().max())
 

@@ -192,8 +192,9 @@ class ShapedAdvantage(Advantage):
         The gap of one completion changes the mean that the others are compared with.
         """
         used = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
-        groups = batch.group_ids[used.any(1)]
-        rows = torch.isin(batch.group_ids, groups) & (self.teacher_kl_coef > 0.0)
+        # A selection by a mask would make the host wait for a GPU.
+        same = batch.group_ids[:, None] == batch.group_ids
+        rows = (same & used.any(1)).any(1) & (self.teacher_kl_coef > 0.0)
         if batch.has_context is not None:
             rows = rows & batch.has_context
         return rows[:, None].expand_as(batch.loss_mask)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.sharding import on_any_rank
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
@@ -70,29 +70,31 @@ class CachedTeacher(WrappedTeacher):
         """
         if self._database is None:
             raise RuntimeError("the teacher is not loaded: call load() first")
-        keys = [self._key(batch, row, topk_ids) for row in range(len(batch))]
-        found = {k: self._read(k, batch.input_ids.device) for k in dict.fromkeys(keys)}
+        device = batch.input_ids.device
+        keys = self._keys(batch, topk_ids)
+        found = {key: self._read(key) for key in dict.fromkeys(keys)}
         new = [row for row, key in enumerate(keys) if found[key] is None]
-        if self.collective and on_any_rank(bool(new), batch.input_ids.device) and not new:
+        if self.collective and on_any_rank(bool(new), device) and not new:
             # This rank found all rows, but another rank's forward pass needs it in the collectives.
             self.teacher.take_part(batch)
         self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
         whole: TokenScores | None = None
         if new:
-            rows = torch.tensor(new, device=batch.input_ids.device)
-            part = batch.select(rows)
+            rows = upload(torch.tensor(new), device)
+            part = batch.select(new)
             asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
             scores = self.teacher.score(part, asked)
-            lengths = part.completion_lengths.tolist()
+            lengths, here = part.completion_lengths.tolist(), scores.map(Tensor.cpu)
             with self._database:
                 for i, row in enumerate(new):
-                    self._write(keys[row], scores.map(lambda v, i=i: v[i, : lengths[i]]))  # type: ignore[misc]
+                    self._write(keys[row], here.map(lambda v, i=i: v[i, : lengths[i]]))  # type: ignore[misc]
             whole = scatter(whole, scores, rows, batch)
         for row, key in enumerate(keys):
             known = found[key]
             if known is not None:
-                at = torch.tensor([row], device=batch.input_ids.device)
-                whole = scatter(whole, known.map(lambda v: v[None]), at, batch)
+                at = upload(torch.tensor([row]), device)
+                there = known.map(lambda v: upload(v[None], device))
+                whole = scatter(whole, there, at, batch)
         assert whole is not None, "a batch has rows"
         return whole
 
@@ -101,25 +103,36 @@ class CachedTeacher(WrappedTeacher):
         if on_any_rank(False, batch.input_ids.device):
             self.teacher.take_part(batch)
 
-    def _key(self, batch: RolloutBatch, row: int, topk_ids: Tensor | None) -> str:
-        tokens, device = int(batch.completion_lengths[row]), batch.input_ids.device.type
+    def _keys(self, batch: RolloutBatch, topk_ids: Tensor | None) -> list[str]:
+        """Return the key of each row. Each table leaves a GPU once, not row by row."""
+        device = batch.input_ids.device.type
         autocast = torch.is_autocast_enabled(device)
-        content = [
-            self._fingerprint,
-            str(torch.get_autocast_dtype(device)) if autocast else None,
-            int(batch.teacher_route[row]),
-            batch.temperature,
-            int(batch.prompt_lengths[row]),
-            batch.input_ids[row, : int(batch.lengths[row])].tolist(),
-            None if topk_ids is None else topk_ids[row, :tokens].tolist(),
-        ]
-        if batch.teacher_prompt_ids is not None:
-            content.append([i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0])
-        if batch.teacher_ends is not None:
-            content.append(int(batch.teacher_ends[row]))
-        return hashlib.sha256(repr(content).encode()).hexdigest()
+        computes = str(torch.get_autocast_dtype(device)) if autocast else None
+        numbers = [batch.teacher_route, batch.prompt_lengths, batch.completion_lengths]
+        ids, asked = batch.input_ids.tolist(), None if topk_ids is None else topk_ids.tolist()
+        prompts, ends = (
+            None if table is None else table.tolist()
+            for table in (batch.teacher_prompt_ids, batch.teacher_ends)
+        )
+        keys = []
+        for row, (route, prompt, tokens) in enumerate(torch.stack(numbers, 1).tolist()):
+            content = [
+                self._fingerprint,
+                computes,
+                route,
+                batch.temperature,
+                prompt,
+                ids[row][: prompt + tokens],
+                None if asked is None else asked[row][:tokens],
+            ]
+            if prompts is not None:
+                content.append([i for i in prompts[row] if i >= 0])
+            if ends is not None:
+                content.append(ends[row])
+            keys.append(hashlib.sha256(repr(content).encode()).hexdigest())
+        return keys
 
-    def _read(self, key: str, device: torch.device) -> TokenScores | None:
+    def _read(self, key: str) -> TokenScores | None:
         assert self._database is not None
         row = self._database.execute("SELECT scores FROM scores WHERE key = ?", (key,)).fetchone()
         if row is None:
@@ -128,13 +141,11 @@ class CachedTeacher(WrappedTeacher):
             fields = load(row[0])
         except SafetensorError:
             return None  # the caller scores a damaged entry, and writes it again
-        return TokenScores(*(fields.get(n) for n in TokenScores._fields)).map(  # type: ignore[arg-type]
-            lambda v: v.to(device)
-        )
+        return TokenScores(*(fields.get(n) for n in TokenScores._fields))  # type: ignore[arg-type]
 
     def _write(self, key: str, scores: TokenScores) -> None:
         assert self._database is not None
-        fields = {n: v.cpu().contiguous() for n, v in scores._asdict().items() if v is not None}
+        fields = {n: v.contiguous() for n, v in scores._asdict().items() if v is not None}
         self._database.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", (key, save(fields)))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.common.clock import ScoringClock
 from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
@@ -43,7 +42,6 @@ class FrozenModels:
     Attributes:
         active: the teacher that this run uses; None if it uses none, e.g. an evaluation.
         reference: the initial student, or the configured model; None if nothing reads it.
-        seconds: how long the teacher has scored so far in this run, in seconds.
     """
 
     def __init__(self, teacher: Teacher | None, reference: Teacher | None = None) -> None:
@@ -51,10 +49,19 @@ class FrozenModels:
         self._reference = reference
         self.active = teacher
         self.reference: Teacher | None = None
-        self.seconds = 0.0
+        self._clock = ScoringClock()
         self._dropped = 0
         self._lost = 0
         self._device = torch.device("cpu")
+
+    @property
+    def seconds(self) -> float:
+        """How long the teacher has scored so far in this run, in seconds."""
+        return self._clock.seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._clock.seconds = value
 
     @property
     def joins(self) -> bool:
@@ -242,7 +249,7 @@ class FrozenModels:
         """
         if self.active is None:
             return batch
-        with self._clock():
+        with self._clock.running(self._device):
             if top_k:
                 scores = own_top_k(self.active, batch, top_k)
             else:
@@ -262,17 +269,8 @@ class FrozenModels:
         the teacher's scores already.
         """
         assert self.active is not None, "a divergence has a teacher"
-        with self._clock():
+        with self._clock.running(self._device):
             return self.active.states(batch)._replace(scored=batch.teacher_logprobs is None)
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        """Add the time inside the context to ``seconds``."""
-        started = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds += time.perf_counter() - started
 
     def _models(self) -> list[Teacher]:
         return [model for model in (self.active, self.reference) if model is not None]

@@ -145,6 +145,7 @@ class LocalTeacher(Teacher):
                 chunk_size=self.chunk_size,
                 trunk=self.trunk,
             )
+            self._scorer.refuse = self._refuse
         if self._sharding is not None and not self._scorer.sharded:
             self._sharding.shard(self._scorer, self.offload)
         if self.offload and not self._scorer.sharded:
@@ -172,13 +173,11 @@ class LocalTeacher(Teacher):
         Raises:
             TrainingStopped: student or teacher has no row for a token; see ``accept``.
         """
-        self.accept(batch)
         return self._on_device().score(batch, top_k=1, topk_ids=topk_ids)
 
     @torch.no_grad()
     def states(self, batch: RolloutBatch) -> Other:
         """Return the hidden states of one forward pass, and the head."""
-        self.accept(batch)
         return self._on_device().states(batch)
 
     def accept(self, batch: RolloutBatch) -> None:
@@ -188,7 +187,10 @@ class LocalTeacher(Teacher):
             TrainingStopped: the student sampled a padding row that the teacher does not have, or
                 the teacher sampled a token that the student does not have.
         """
-        rows, highest = self._loaded().head().weight.shape[0], int(batch.input_ids.max())
+        self._refuse(int(batch.input_ids.max()))
+
+    def _refuse(self, highest: int) -> None:
+        rows = self._loaded().head().weight.shape[0]
         if highest >= rows:
             raise TrainingStopped(
                 f"sampled token ids must be below {rows}, the rows of the teacher's head: got "

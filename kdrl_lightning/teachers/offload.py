@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.rollout_batch import upload
+
 
 class OffloadedWeights:
     """Keeps a frozen module's weights on the CPU and lends copies of them to a device.
@@ -43,7 +45,7 @@ class OffloadedWeights:
         for module in self._module.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+                    module._buffers[name] = upload(buffer, device)
 
 
 def fetched(master: Tensor, device: torch.device) -> Tensor:

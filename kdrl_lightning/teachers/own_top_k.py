@@ -26,16 +26,17 @@ def own_top_k(teacher: Teacher, batch: RolloutBatch, top_k: int) -> TokenScores:
         in ``topk_ids``, best first, their log-probabilities in ``topk_logprobs``, and the
         log-probability of all other tokens together in ``tail_logprobs``.
     """
-    mask = batch.completion_mask
-    model, ids = teacher.states(batch), batch.completion_ids[mask]
+    model = teacher.states(batch)
+    # We find the tokens once: each selection by a mask would make the host wait for a GPU.
+    tokens = batch.completion_mask.nonzero(as_tuple=True)
+    ids = batch.completion_ids[tokens]
     where = model.hidden, model.head, ids, batch.temperature
     found = token_scores(*where, top_k=top_k)
     at = token_scores(*where, topk_ids=found.topk_ids)
 
     def spread(value: Tensor) -> Tensor:
-        blank = value.new_zeros(*mask.shape, *value.shape[1:])
-        blank[mask] = value
-        return blank
+        blank = value.new_zeros(*batch.completion_ids.shape, *value.shape[1:])
+        return blank.index_put(tokens, value)
 
     whole = found._replace(topk_logprobs=at.topk_logprobs, tail_logprobs=at.tail_logprobs)
     return whole.map(spread)

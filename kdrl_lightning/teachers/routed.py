@@ -14,7 +14,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.own_prompt.contexts import Context
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
@@ -111,9 +111,9 @@ class RoutedTeacher(Teacher):
     def lengths(self, batch: RolloutBatch) -> Tensor:
         """Return how many tokens each row's teacher reads."""
         out = batch.lengths.clone()
-        for index in batch.teacher_route.unique().tolist():
-            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
-            out[rows] = self.teachers[self._order[index]].lengths(batch.select(rows))
+        for index, rows in rows_of(batch).items():
+            found = self.teachers[self._order[index]].lengths(batch.select(rows))
+            out[upload(torch.tensor(rows), out.device)] = found
         return out
 
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
@@ -187,8 +187,7 @@ class RoutedTeacher(Teacher):
 
     def accept(self, batch: RolloutBatch) -> None:
         """Raise if a teacher cannot score the rows that are routed to it."""
-        for index in batch.teacher_route.unique().tolist():
-            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
+        for index, rows in rows_of(batch).items():
             self.teachers[self._order[index]].accept(batch.select(rows))
 
     def load(self, device: torch.device) -> None:
@@ -229,13 +228,14 @@ class RoutedTeacher(Teacher):
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Score every row with its teacher; see ``Teacher.score``."""
         whole: TokenScores | None = None
+        routed = rows_of(batch)
         for index, name in enumerate(self._order):
-            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
-            if not len(rows):
+            if index not in routed:
                 if self.teachers[name].collective:  # other ranks may have rows for it
                     self.teachers[name].take_part(batch)
                 continue
-            part = batch.select(rows)
+            part = batch.select(routed[index])
+            rows = upload(torch.tensor(routed[index]), batch.input_ids.device)
             asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
             scores = self.teachers[name].score(part, asked)
             if self.aligns and scores.chunk_places is None:
@@ -247,6 +247,14 @@ class RoutedTeacher(Teacher):
             whole = scatter(whole, scores, rows, batch)
         assert whole is not None, "a batch has rows"
         return whole if self.knows_entropy else whole._replace(entropy=None)
+
+
+def rows_of(batch: RolloutBatch) -> dict[int, list[int]]:
+    """Return each teacher's rows, by its index, in increasing order; a GPU is read once."""
+    rows: dict[int, list[int]] = {}
+    for row, index in enumerate(batch.teacher_route.tolist()):
+        rows.setdefault(index, []).append(row)
+    return dict(sorted(rows.items()))
 
 
 def scatter(

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +36,26 @@ WAITS = {
     aten.bincount.default,
     aten.repeat_interleave.Tensor,
 }
+# CUDA's products of 16-bit matrices with a float32 result.
+WIDE_PRODUCTS = {
+    aten.mm.dtype: aten.mm.default,
+    aten.mm.dtype_out: aten.mm.out,
+    aten.addmm.dtype: aten.addmm.default,
+    aten.addmm.dtype_out: aten.addmm.out,
+}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+# What autocast on CUDA computes in 16 bits, and what in float32.
+NARROW = {
+    *(F.linear, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.addmm),
+    *(torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm),
+}
+WIDE = {
+    *(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.exp, torch.log, torch.pow),
+    *(torch.rsqrt, torch.sum, torch.cumsum, torch.Tensor.softmax, torch.Tensor.log_softmax),
+    *(torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow, torch.Tensor.sum, torch.Tensor.cumsum),
+}
 
 
 class MixedDevicesError(RuntimeError):
@@ -121,6 +141,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner = {id(x.inner): x for x in cards}
     args, kwargs = tree_map_only(Card, lambda x: x.inner, (args, kwargs))
+    if func in WIDE_PRODUCTS:
+        *args, kind = args
+        func, args = WIDE_PRODUCTS[func], tree_map_only(torch.Tensor, lambda x: x.to(kind), args)
     out = func(*args, **kwargs)
     if not on_card:
         return out
@@ -159,6 +182,9 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.is_autocast_enabled("cuda") and (func in NARROW or func in WIDE):
+            kind = torch.get_autocast_dtype("cuda") if func in NARROW else torch.float32
+            args, kwargs = tree_map_only(Card, lambda x: _cast(x, kind), (args, kwargs))
         if func is torch.Tensor.backward:
             with self:  # a handler's mode is off while it runs
                 return _engine_run_backward(
@@ -176,6 +202,8 @@ class _Functions(TorchFunctionMode):
             _waited("upload")
             kwargs.setdefault("dtype", args[0].dtype)
             return to_card(torch.tensor(*args[1:], **{**kwargs, "device": "cpu"}))
+        if func == torch.Tensor.data.__set__:
+            return _set_data(*args)
         if func is torch.Tensor.cuda:
             return to_card(args[0])
         if func is torch.Tensor.pin_memory:
@@ -205,41 +233,49 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _cast(x: Card, kind: torch.dtype) -> torch.Tensor:
+    """Cast as autocast does, which leaves integers and float64 alone."""
+    return x.to(kind) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
 def to_card(x: Any) -> Any:
     """Return a tensor, or a module, on the pretended GPU."""
     if isinstance(x, torch.nn.Module):
         for module in x.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                moved = _shared(parameter)
-                setattr(module, name, moved)
+            for parameter in module.parameters(recurse=False):
+                _set_data(parameter, to_card(parameter.detach()))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = to_card(buffer)
         return x
     return x if isinstance(x, Card) else _Move.apply(x)  # type: ignore[no-untyped-call]
 
 
-_moved: dict[int, Any] = {}
+def _set_data(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor the contents of another, which may be on the other device.
 
-
-def _shared(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Return the parameter on the card; tied parameters stay tied."""
-    if isinstance(parameter, Card):
-        return parameter
-    if id(parameter) not in _moved:
-        _moved[id(parameter)] = (
-            parameter,
-            torch.nn.Parameter(Card(parameter.detach().clone()), parameter.requires_grad),
-        )
-    made: torch.nn.Parameter = _moved[id(parameter)][1]
-    return made
+    The tensor stays the same object, as on a real GPU: whoever refers to it sees it move.
+    """
+    if isinstance(target, Card) and isinstance(value, Card):
+        torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
+        target.inner = value.inner
+    elif isinstance(target, Card) or isinstance(value, Card):
+        made = value.detach()
+        if getattr(target, "_is_param", isinstance(target, torch.nn.Parameter)):
+            made = torch.nn.Parameter(made, target.requires_grad)
+        torch.utils.swap_tensors(target, made)
+    else:
+        torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
 
 
 @contextmanager
 def pretend_cuda() -> Iterator[Counter[str]]:
     """Pretend that there is a GPU; yield the number of the host's waits by operation."""
     waits.clear()
-    _moved.clear()
     with (
+        # `Module.to` moves parameters in place, as with a real GPU.
+        patch.object(torch.__future__, "get_swap_module_params_on_conversion", lambda: True),
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
         patch.object(torch.cuda, "synchronize", lambda *_: waits.update(["synchronize"])),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (8 << 30, 16 << 30)),
         _Functions(),

@@ -1,4 +1,7 @@
-"""Every preset on a pretended GPU: the CPU's loss and gradient, and no host wait in an update."""
+"""Every preset on a pretended GPU: the CPU's loss, gradient and statistics.
+
+Neither an update nor its statistics make the host wait.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import torch
 
 from helpers.objective_steps import PRESETS, graded, make, ready, step, student
 from helpers.pretend_cuda import Card, MixedDevicesError, pretend_cuda, to_card
+from kdrl_lightning.callbacks.reports.token_stats import MicroBatch, add_imitation_stats
+from kdrl_lightning.metrics import StepStats
 
 # Once per rollout, `prepare` may wait to find out which rows, groups or tokens it is about.
 EACH_ROLLOUT = 9
@@ -32,7 +37,15 @@ def test_an_update_on_a_card_is_the_cpus(name: str) -> None:
         waits.clear()
         found, slopes = graded(make(name), here, leaves)
         assert not waits, dict(waits)
+        waits.clear()
+        stats, micro = StepStats(), MicroBatch(make(name), here, leaves.logprobs.detach())
+        add_imitation_stats(stats, micro)
+        assert not waits, dict(waits)
+        measured = stats.compute()
     assert isinstance(found, Card)
+    plain = StepStats()
+    add_imitation_stats(plain, MicroBatch(make(name), batch, scores.logprobs.detach()))
+    assert measured == pytest.approx(plain.compute())
     torch.testing.assert_close(found.inner, loss)
     for table, slope in gradients.items():
         mine = slopes[table]

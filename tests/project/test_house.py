@@ -26,7 +26,7 @@ FLOOR = {"common", "errors", "rollout_batch"}
 ALLOWED = {
     "errors": set(),
     "common": {"errors"},
-    "rollout_batch": set(),
+    "rollout_batch": {"common"},
     "losses": FLOOR,
     "objectives": FLOOR | {"losses"},
     "metrics": FLOOR | {"losses"},

@@ -175,8 +175,9 @@ def test_padding_rows_that_the_teacher_lacks_are_refused_once_sampled(
     student_folder: str, teacher_folder: str, tmp_path: Path
 ) -> None:
     teacher = ready(LocalTeacher(teacher_folder), padded(student_folder, tmp_path, 32))
-    with pytest.raises(TrainingStopped, match=r"must be below 16, .*head: got 20, a padding row"):
-        teacher.accept(collate([[5]], [[20, EOS]], [0], pad_id=0))
+    for reads in (teacher.accept, teacher.score, teacher.states):
+        with pytest.raises(TrainingStopped, match=r"below 16, .*head: got 20, a padding row"):
+            reads(collate([[5]], [[20, EOS]], [0], pad_id=0))
 
 
 def test_a_taller_teacher_samples_the_students_tokens_only(

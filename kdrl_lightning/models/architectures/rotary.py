@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFModel
+from kdrl_lightning.rollout_batch import upload
 
 # `Any`: the rotary modules of transformers share no typed base.
 
@@ -37,8 +38,8 @@ def lengths_of_rows(model: HFModel, lengths: Tensor | None) -> Iterator[None]:
 
     Args:
         model: a model after ``decide_per_row``.
-        lengths: ``[B]``, in tokens, without padding on the right; None: a row ends at its largest
-            position.
+        lengths: ``[B]``, in tokens, without padding on the right; on the CPU, so that the host need
+            not wait for a GPU. None: a row ends at its largest position.
     """
     modules = _switching(model)
     for module in modules:
@@ -109,7 +110,7 @@ def _forward(
     way = torch.where(ends > limit, ends if dynamic else torch.ones_like(ends), 0)
     parts = []
     for each in way.unique().tolist():
-        rows = (way == each).nonzero().squeeze(1)
+        rows = upload((way == each).nonzero().squeeze(1), position_ids.device)
         chosen = position_ids[rows]
         if dynamic:  # a call with one position resets the module to the plain embedding
             forward(x, torch.zeros_like(chosen[:1, :1]), **call)

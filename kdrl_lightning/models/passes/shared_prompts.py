@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.layout import Rows
 from kdrl_lightning.rollout_batch import upload
 
 # Two passes may have at most this share of one pass's tokens: each pass has fixed costs.
@@ -151,7 +152,7 @@ def places_of(mask: Tensor, merged: MergedRows | None, once: bool, device: torch
     return Places(*(upload(x, device) for x in (rows, columns, states, number[mask])))
 
 
-def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Rows:
     """Return ids ``[B, S]``, lengths ``[B]`` and mask ``[B, T]`` on the CPU.
 
     Shapes depend on what rows have in common, and the host would wait for a GPU for each of them.
@@ -196,6 +197,12 @@ def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Merge
     )
 
 
+def lengths_of(host: Rows, merged: MergedRows | None) -> Tensor:
+    """Return the lengths of rows on the CPU, as ``on_host`` returns them, or of ``merged``."""
+    prompts, mask = host[1:] if merged is None else (merged.prompt_lengths, merged.mask)
+    return prompts + mask.sum(1)
+
+
 class WidthClass(NamedTuple):
     """Rows that run in one pass.
 
@@ -234,6 +241,18 @@ def width_classes(lengths: Sequence[int]) -> list[WidthClass]:
         else:
             ends.append(bounds.pop(0))
     return [WidthClass(order[a:b], lengths[order[b - 1]]) for a, b in pairwise([*ends, len(order)])]
+
+
+def length_classes(lengths: Sequence[int]) -> list[WidthClass]:
+    """Return a pass for each length, shortest rows first, for models whose rows must not be padded.
+
+    >>> length_classes([3, 5, 3])
+    [WidthClass(rows=[0, 2], width=3), WidthClass(rows=[1], width=5)]
+    """
+    rows: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        rows.setdefault(length, []).append(row)
+    return [WidthClass(rows[length], length) for length in sorted(rows)]
 
 
 def _best_cut(ascending: list[int]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdrl_lightning.rollout.updates.cut import Cut
 from kdrl_lightning.rollout.updates.partition import teacher_passes
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 from kdrl_lightning.teachers.own_prompt.groups import as_read
 
 OLD_FIELDS = ("old_logprobs", "old_entropy", "topk_ids")
@@ -148,12 +148,12 @@ def scored(
     whole: dict[str, Tensor] = {}
     for rows in parts:
         part = score(batch.select(rows))
+        index = upload(torch.tensor(rows), batch.input_ids.device)
         for name in names:
             value = getattr(part, name)
             if value is None:
                 continue
             if name not in whole:
                 whole[name] = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
-            index = torch.tensor(rows, device=value.device)
             whole[name][index, : value.shape[1]] = value
     return batch.replace(**whole)

@@ -305,24 +305,25 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     def _prompts(self, batch: RolloutBatch) -> tuple[list[list[int]], list[int]]:
         """Return the teacher's prompt and end token of each completion."""
-        if batch.teacher_prompt_ids is None or batch.teacher_ends is None:
+        own = batch.layout.teacher_prompt_ids
+        if own is None or batch.teacher_ends is None:
             raise TrainingStopped(
                 "completions must have been sampled with the teacher's own prompt and end token: "
                 "got some without. Use RolloutDataModule; if you resume with another teacher, use "
                 "a checkpoint written at the end of a rollout."
             )
-        rows = batch.teacher_prompt_ids.tolist()
-        return [[i for i in row if i >= 0] for row in rows], batch.teacher_ends.tolist()
+        prompts = [[i for i in row if i >= 0] for row in own.tolist()]
+        return prompts, batch.teacher_ends.tolist()
 
     def _jobs(self, batch: RolloutBatch) -> list[Job]:
-        ids = batch.completion_ids.cpu().numpy()
+        ids = batch.layout.completion_ids.numpy()
         prompts, ends = self._prompts(batch)
         assert self._theirs is not None
         context = self._theirs.context_length
         return [
             Job(row[:n].tobytes(), end, context - len(prompt))
-            for row, n, end, prompt in zip(
-                ids, batch.completion_lengths.tolist(), ends, prompts, strict=True
+            for row, (_, n, _), end, prompt in zip(
+                ids, batch.layout.sizes, ends, prompts, strict=True
             )
         ]
 

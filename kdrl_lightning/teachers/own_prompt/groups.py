@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.engines.base import Completion
@@ -101,12 +102,23 @@ def as_read(batch: RolloutBatch) -> RolloutBatch:
             "one. Use RolloutDataModule; if you resume with another teacher, use a checkpoint "
             "written at the end of a rollout."
         )
+    layout = batch.layout
+    width = max(completion + own for _, completion, own in layout.sizes)
+    ids, lengths = _joined(prompts, batch.completion_ids, width)
+    made = batch.replace(input_ids=ids, prompt_lengths=lengths, teacher_prompt_ids=None)
+    if layout.teacher_prompt_ids is None or ids.device.type == "cpu":
+        return made
+    ids, lengths = _joined(layout.teacher_prompt_ids, layout.completion_ids, width)
+    same = replace(layout, input_ids=ids, prompt_lengths=lengths, teacher_prompt_ids=None)
+    return made.with_layout(same)
+
+
+def _joined(prompts: Tensor, completion_ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return rows ``[B, width]`` of prompt and completion, and the lengths of the prompts."""
     lengths = (prompts >= 0).sum(1)
-    width = int((lengths + batch.completion_lengths).max())
     place = torch.arange(width, device=prompts.device)
     inside = place < lengths[:, None]
     # After its prompt a row continues with the completion, which begins at column W of the table.
     column = torch.where(inside, place, prompts.shape[1] + place - lengths[:, None])
-    table = torch.cat([prompts, batch.completion_ids, torch.zeros_like(lengths)[:, None]], 1)
-    ids = table.gather(1, column.clamp(max=table.shape[1] - 1))
-    return batch.replace(input_ids=ids, prompt_lengths=lengths, teacher_prompt_ids=None)
+    table = torch.cat([prompts, completion_ids, torch.zeros_like(lengths)[:, None]], 1)
+    return table.gather(1, column.clamp(max=table.shape[1] - 1)), lengths
