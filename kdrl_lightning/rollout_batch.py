@@ -119,6 +119,7 @@ class RolloutBatch:
         totals: counts of the optimizer step that this batch belongs to.
         metrics: measurements of the rollout (seconds, tokens), only in its first micro-batch; None
             for a metric that only an earlier rollout measured.
+        host_layout: tokens and lengths on the CPU, if the batch was moved from there to a GPU.
     """
 
     input_ids: Tensor
@@ -157,6 +158,7 @@ class RolloutBatch:
     imitation_weights: Tensor | None = None
     totals: StepTotals | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    host_layout: Layout | None = None
 
     def __len__(self) -> int:
         """Return B, the number of completions."""
@@ -189,23 +191,21 @@ class RolloutBatch:
 
     @cached_property
     def layout(self) -> Layout:
-        """Tokens and lengths on the CPU; a batch that came from the CPU needs no wait for a GPU."""
+        """Tokens and lengths on the CPU; without ``host_layout`` the host waits for a GPU once."""
+        if self.host_layout is not None:
+            return self.host_layout
         return Layout(**{name: getattr(self, name) for name in LAYOUT_FIELDS}).on_cpu()
 
     def with_layout(self, layout: Layout) -> RolloutBatch:
         """Return a copy that takes this for its layout; on a CPU its own tables are the layout."""
-        made = replace(self)
-        if made.input_ids.device.type != "cpu":
-            vars(made)["layout"] = layout
-        return made
+        return replace(self, host_layout=None if self.input_ids.device.type == "cpu" else layout)
 
     # `Any`: fields have many types, and `dataclasses.replace` takes them as `Any`.
     def replace(self, **changes: Any) -> RolloutBatch:
         """Return a copy with the given fields changed."""
-        made = replace(self, **changes)
-        if self.input_ids.device.type != "cpu" and not LAYOUT_FIELDS & changes.keys():
-            vars(made).update({n: v for n, v in vars(self).items() if n == "layout"})
-        return made
+        if LAYOUT_FIELDS & changes.keys():
+            changes = {"host_layout": None, **changes}
+        return replace(self, **changes)
 
     def completed(self, found: Mapping[str, Tensor | None]) -> RolloutBatch:
         """Return a copy in which ``found`` fills the fields that are None; others stay.

@@ -1905,8 +1905,8 @@ MUTATIONS = [
     Mutation(
         "layout: kept although the tokens changed",
         ("rollout_batch.py", ON_A_CARD),
-        "and not LAYOUT_FIELDS & changes.keys()",
-        "",
+        "if LAYOUT_FIELDS & changes.keys():",
+        "if False:",
     ),
     Mutation(
         "layout: lengths of other rows",
