@@ -191,6 +191,7 @@ def test_response_and_group_masks_differ_in_mixed_groups() -> None:
         lambda s: KDRL(0.5, kd_per_imitated_token=True, selection=s),
         lambda s: KDRL(0.5, kl_estimator="full_vocabulary", selection=s),
         lambda s: RLAD(selection=s),
+        lambda s: RLAD(offset_clamp=1.0, selection=s),
         lambda s: RLSD(selection=s),
     ],
 )

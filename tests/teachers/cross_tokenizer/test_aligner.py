@@ -294,6 +294,14 @@ def test_a_chunk_that_the_context_cuts_has_no_score(limit: int, places: list[int
     assert one.teacher_ids.tolist() == ([2, 2, 3, 4, END][:limit] or [END])
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace"])
+def test_the_name_of_the_unknown_token_is_text(kind: str) -> None:
+    found = tokens(kind)
+    (ids,) = TextEncoder(found)([b"a<unk>b"])
+    assert b"".join(found.pieces[i] for i in ids) == b"a<unk>b"
+    assert tokenizer(kind).convert_tokens_to_ids("<unk>") not in ids
+
+
 def test_a_token_without_bytes_belongs_to_the_chunk_before_it() -> None:
     rows = np.array([3, 0, 1]), np.array([2, 0, 2])
     ours, theirs = cut(np.array([1, 0, 1, 2]), rows[0], np.array([1, 1, 1, 1]), rows[1])
