@@ -37,7 +37,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[floa
     """How each case ended on each rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    run_ranks(str(DRIVER), [[str(folder), str(rank)] for rank in (0, 1)], env, timeout=120)
+    run_ranks(str(DRIVER), [[str(folder), str(rank)] for rank in (0, 1)], env, timeout=90)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
