@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
 from torch import Tensor
 
 from helpers.short_runs import Trace, fit, make_data, make_module
-from helpers.small_tokenizers import by_hand
+from helpers.small_tokenizers import by_hand, wrapped
 from kdrl_lightning import (
     EOPD,
     GKD,
@@ -32,6 +32,7 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.metrics.update_stats import UpdateStats
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.teachers.cross_tokenizer.teacher import same_vocabulary
 from kdrl_lightning.teachers.frozen import FrozenModels
 from kdrl_lightning.teachers.own_prompt.groups import Group
 from kdrl_lightning.tiny.addition import SYMBOLS
@@ -421,3 +422,16 @@ def test_a_run_learns_from_chunks(tmp_path: Path, student_folder: str, merging: 
         teachers = batch.teacher_logprobs
         assert torch.equal(teachers[:, 1:][joined], teachers[:, :-1][joined])
         assert joined.any() and batch.imitation_mask[batch.loss_mask].all()
+
+
+@pytest.mark.filterwarnings("ignore:the teacher .* has:UserWarning")
+def test_a_teacher_with_one_more_word_writes_other_tokens() -> None:
+    """WordPiece has no merges that would differ; an added token is no word."""
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "##b": 4}
+    plain, more, added = (
+        wrapped(Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>")))
+        for vocabulary in (words, {**words, "ab": 5}, words)
+    )
+    added.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    assert same_vocabulary(plain, plain) and same_vocabulary(plain, added)
+    assert not same_vocabulary(plain, more)
